@@ -1,0 +1,22 @@
+"""Set up before jax is imported: 8 virtual CPU devices, and the names that examples use."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import optax_clip
+
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()
+
+
+@pytest.fixture(autouse=True)
+def _names_in_doctests(doctest_namespace):
+    doctest_namespace.update(jax=jax, jnp=jnp, optax=optax)
+    doctest_namespace.update({name: getattr(optax_clip, name) for name in optax_clip.__all__})

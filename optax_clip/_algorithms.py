@@ -1,0 +1,375 @@
+"""The named norm clips: each is a norm, a threshold and a response put into `clip_by_norm`."""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _checks
+from optax_clip._clip_by_norm import clip_by_norm
+from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
+from optax_clip._responses import normalize, shrink
+from optax_clip._thresholds import as_threshold, as_thresholds, between, is_threshold, param_fraction
+
+
+def clip_by_global_norm(
+    max_norm: Any, *, ord: float | None = None, axis_name: Any = None, response: Callable | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales all updates together so that the norm of the whole tree is at most `max_norm`.
+
+    updates ← updates · min(1, max_norm / norm),  norm = (Σ |x|^ord)^(1/ord) over all entries
+
+    This is `clip_by_norm(global_norm, max_norm)`.
+
+    Args:
+      max_norm: largest norm, >= 0: a number, a scalar array (traced too), an Optax schedule, a `Threshold`, or None to
+        measure only.
+      ord: order of the norm, >= 1 or inf; None is 2.
+      axis_name: mesh axes to sum over where types do not tell (`shard_map(check_vma=False)`, `pmap`).
+      response: None for `shrink`; or `normalize`, `smooth`, `tanh`, or a function (norm, threshold) -> scale.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[].
+
+    Raises:
+      ValueError: `max_norm` is negative, NaN or not a scalar; `ord` is below 1.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      Below `max_norm`, bit-identical; above, the direction is kept and the norm is `max_norm` to a few eps of the
+      leaves' dtype. A NaN or inf anywhere makes every entry NaN. See `clip_by_norm` for the rest.
+
+    Example:
+      >>> tx = clip_by_global_norm(1.0)
+      >>> grads = {"w": jnp.array([3.0]), "b": jnp.array([4.0])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], updates["b"], state.norm)
+      [0.6] [0.8] 5.0
+
+    References:
+      Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, 2012, arXiv 1211.5063.
+      Numbers are those of `optax.clip_by_global_norm`; PyTorch's `clip_grad_norm_` adds 1e-6 to the norm it divides by.
+    """
+    rule = as_threshold(max_norm, caller="clip_by_global_norm", name="max_norm")
+    norm = _with_ord(global_norm, ord, axis_name, caller="clip_by_global_norm")
+    return clip_by_norm(norm, rule, response)
+
+
+def clip_by_leaf_norm(
+    max_norm: Any, *, ord: float | None = None, axis_name: Any = None, response: Callable | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each leaf so that its norm is at most `max_norm`.
+
+    updates_i ← updates_i · min(1, max_norm / norm_i),  norm_i = (Σ |x|^ord)^(1/ord) over the entries of leaf i
+
+    This is `clip_by_norm(leaf_norm, max_norm)`.
+
+    Args:
+      max_norm: largest norm of a leaf, >= 0, as for `clip_by_global_norm`; or a prefix tree of such values, in which
+        None measures only: `{"encoder": 1.0, "head": None}`.
+      ord: order of the norm, >= 1 or inf; None is 2.
+      axis_name: as for `clip_by_global_norm`; also a prefix tree.
+      response: as for `clip_by_global_norm`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[].
+
+    Raises:
+      ValueError: a threshold is negative, NaN or not a scalar, or the tree does not fit the updates; `ord` is below 1.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`, leaf by leaf: one bad leaf leaves the others alone.
+
+    Example:
+      >>> tx = clip_by_leaf_norm({"w": 1.0, "b": None})
+      >>> grads = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([9.0])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], updates["b"])
+      [0.6 0.8] [9.]
+
+    References:
+      `clipnorm` of Keras optimizers and `tf.clip_by_norm`.
+    """
+    rules = as_thresholds(max_norm, caller="clip_by_leaf_norm", name="max_norm")
+    norm = _with_ord(leaf_norm, ord, axis_name, caller="clip_by_leaf_norm")
+    return clip_by_norm(norm, rules, response)
+
+
+def clip_by_unit_norm(
+    max_norm: Any,
+    axis: Any = None,
+    *,
+    ord: float | None = None,
+    axis_name: Any = None,
+    response: Callable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each unit of each leaf so that its norm is at most `max_norm`.
+
+    updates_u ← updates_u · min(1, max_norm / norm_u),  norm_u = (Σ |x|^ord)^(1/ord) over the entries of unit u
+
+    This is `clip_by_norm(unit_norm, max_norm)`. A unit is what feeds one output: a column of a matrix.
+
+    Args:
+      max_norm: largest norm of a unit, >= 0, as for `clip_by_leaf_norm`.
+      axis: the axes that a unit extends over: None for the rule by rank of `unit_norm`, an int, a tuple, or a
+        rule(path, leaf) that returns one of these, or None to leave the leaf alone.
+      ord: order of the norm, >= 1 or inf; None is 2.
+      axis_name: inside `shard_map` or `pmap`, the mesh axes over which the entries of one unit are spread; required
+        where a leaf varies.
+      response: as for `clip_by_global_norm`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[].
+
+    Raises:
+      ValueError: a threshold is negative, NaN or not a scalar; an axis is out of range; `axis_name` is missing.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`, unit by unit.
+
+    Example:
+      >>> tx = clip_by_unit_norm(1.0)
+      >>> grads = jnp.array([[3.0, 0.1], [4.0, 0.2]])
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates)
+      [[0.6 0.1]
+       [0.8 0.2]]
+
+    References:
+      Units as in Brock, De, Smith, Simonyan, 2021, arXiv 2102.06171.
+    """
+    rules = as_thresholds(max_norm, caller="clip_by_unit_norm", name="max_norm")
+    axis = _checks.axis(axis, caller="clip_by_unit_norm")
+    norm = _with_ord(unit_norm, ord, axis_name, caller="clip_by_unit_norm", axis=axis)
+    return clip_by_norm(norm, rules, response)
+
+
+def clip_by_block_rms(
+    threshold: Any, *, axis: Any = None, axis_name: Any = None, response: Callable | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each leaf so that its root mean square is at most `threshold`.
+
+    updates_i ← updates_i / max(1, rms_i / threshold),  rms_i = sqrt(mean of |x|² over leaf i)
+
+    This is `clip_by_norm(block_rms, threshold)`.
+
+    Args:
+      threshold: largest root mean square, >= 0, as `max_norm` of `clip_by_leaf_norm`.
+      axis: None for whole leaves; or an int, a tuple or a rule(path, leaf) as for `clip_by_unit_norm`.
+      axis_name: as for `clip_by_global_norm`, and as for `clip_by_unit_norm` where `axis` is given.
+      response: as for `clip_by_global_norm`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[].
+
+    Raises:
+      ValueError: a threshold is negative, NaN or not a scalar; an axis is out of range; `axis_name` is missing.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`, leaf by leaf.
+
+    Example:
+      >>> tx = clip_by_block_rms(1.0)
+      >>> grads = jnp.array([3.0, 4.0, 0.0, 0.0])
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates)
+      [1.2 1.6 0.  0. ]
+
+    References:
+      Shazeer, Stern, Adafactor, 2018, arXiv 1804.04235, where it clips the update and the threshold is 1. Numbers are
+      those of `optax.clip_by_block_rms`.
+    """
+    rules = as_thresholds(threshold, caller="clip_by_block_rms", name="threshold")
+    axis = _checks.axis(axis, caller="clip_by_block_rms")
+    return clip_by_norm(functools.partial(block_rms, axis=axis, axis_name=axis_name), rules, response)
+
+
+def clip_by_group_norm(
+    max_norms: Mapping[Hashable, Any],
+    labels: Any,
+    *,
+    ord: float | None = None,
+    axis_name: Any = None,
+    response: Callable | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each group of leaves so that the norm of the group is at most its own threshold, in one pass.
+
+    updates_g ← updates_g · min(1, max_norms[g] / norm_g),  norm_g over all entries of the leaves labeled g
+
+    This is `clip_by_norm(group_norm(labels), ...)` with a threshold a label.
+
+    Args:
+      max_norms: threshold for each label, >= 0, as `max_norm` of `clip_by_global_norm`; None leaves the group alone.
+      labels: prefix tree of labels, or a function of the updates that returns one, as for `optax.partition`. None as
+        a label leaves these leaves out: neither counted nor scaled.
+      ord: order of the norm, >= 1 or inf; None is 2.
+      axis_name: as for `clip_by_leaf_norm`.
+      response: as for `clip_by_global_norm`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[].
+
+    Raises:
+      ValueError: a threshold is negative, NaN or not a scalar; a label has no threshold; `ord` is below 1.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`, group by group.
+
+    Example:
+      >>> tx = clip_by_group_norm({"body": 1.0, "head": None}, {"w": "body", "b": "body", "out": "head"})
+      >>> grads = {"w": jnp.array([3.0]), "b": jnp.array([4.0]), "out": jnp.array([7.0])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> print(updates["w"], updates["b"], updates["out"])
+      [0.6] [0.8] [7.]
+
+    References:
+      The same as `optax.partition` over one `clip_by_global_norm` a label, without a mask for each.
+    """
+    caller = "clip_by_group_norm"
+    if not isinstance(max_norms, Mapping):
+        raise TypeError(
+            f"{caller}: max_norms must map each label to its threshold, got {type(max_norms).__name__}. "
+            'For example: {"encoder": 1.0, "head": None}.'
+        )
+    rules = {
+        label: as_threshold(value, caller=caller, name=f"max_norms[{label!r}]") for label, value in max_norms.items()
+    }
+    norm = _with_ord(group_norm, ord, axis_name, caller=caller)
+
+    def clip_of(updates):
+        tree = labels(updates) if _checks.is_function(labels) else labels
+        missing = {label for label in jax.tree.leaves(tree)} - set(rules)
+        if missing:
+            raise ValueError(
+                f"{caller}: labels {sorted(map(repr, missing))} have no threshold in max_norms, which has "
+                f"{sorted(map(repr, rules))}. Add them; None leaves a group alone."
+            )
+        return clip_by_norm(norm(tree), jax.tree.map(lambda label: rules[label], tree), response)
+
+    if not _checks.is_function(labels):
+        clip_of({})
+
+    def init_fn(params):
+        return clip_of(params).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return clip_of(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip_by_norm_range(
+    min_norm: Any, max_norm: Any, *, norm: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the norm from both sides: blocks below `min_norm` are scaled up to it, blocks above `max_norm` down to it.
+
+    updates_b ← updates_b · min(max(norm_b, min_norm), max_norm) / norm_b;  zero stays zero
+
+    This is `clip_by_norm` with the response `normalize` and the norm moved into the range as threshold, which is what
+    the state reports; `clip_rate` counts blocks that were scaled down.
+
+    Args:
+      min_norm: smallest norm, >= 0, as `max_norm` of `clip_by_global_norm`; None for no lower bound.
+      max_norm: largest norm, >= min_norm, likewise; None for no upper bound. Where values that are known only in the
+        compiled program cross, `max_norm` wins.
+      norm: how big a block is; None is `global_norm`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[], and the states of the two bounds.
+
+    Raises:
+      ValueError: a bound is negative, NaN or not a scalar; min_norm > max_norm.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      Inside the range, bit-identical. See `clip_by_norm` for the rest.
+
+    Example:
+      >>> tx = clip_by_norm_range(1.0, 2.0)
+      >>> for grads in (jnp.array([0.3, 0.4]), jnp.array([0.6, 0.8]), jnp.array([6.0, 8.0]), jnp.zeros(2)):
+      ...     print(tx.update(grads, tx.init(grads))[0])
+      [0.6 0.8]
+      [0.6 0.8]
+      [1.2 1.6]
+      [0. 0.]
+
+    References:
+      Cutting gradients from both sides; with equal bounds, normalized gradient descent.
+    """
+    caller = "clip_by_norm_range"
+    low = as_threshold(0.0 if min_norm is None else min_norm, caller=caller, name="min_norm")
+    high = as_threshold(max_norm, caller=caller, name="max_norm")
+    _checks.ordered(min_norm, max_norm, caller=caller, low="min_norm", high="max_norm")
+    return clip_by_norm(global_norm if norm is None else norm, between(low, high), normalize)
+
+
+def adaptive_grad_clip(
+    clipping: Any, eps: Any = 1e-3, axis: Any = None, *, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """AGC: scales each unit so that its norm is at most a share of the norm of that unit's parameters.
+
+    updates_u ← updates_u · t_u / max(norm_u, 1e-6)  where norm_u > t_u,  t_u = clipping · max(norm of params_u, eps)
+
+    This is `clip_by_norm(unit_norm, param_fraction(clipping, unit_norm, eps))`.
+
+    Args:
+      clipping: largest ratio of the two norms, the paper's λ, >= 0: a number, a scalar array (traced too), an Optax
+        schedule, a `Threshold`, None to measure only, or a prefix tree of these. The paper uses 0.01 for batches of
+        1024 to 4096, and larger values up to 0.16 for smaller batches.
+      eps: norm that a unit of the parameters is taken to have at least, >= 0, so that zero-initialized ones can move.
+      axis: the axes that a unit extends over: None for the rule by rank of `unit_norm`, an int, a tuple, or a
+        rule(path, leaf) that returns one of these, or None to leave the leaf alone. The paper leaves out the weight
+        of the last linear layer; layers stacked for a scan, (layers, inputs, outputs), need axis 1.
+      axis_name: inside `shard_map` or `pmap`, the mesh axes over which the entries of one unit are spread; required
+        where a leaf varies.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[]. `update` needs `params`.
+
+    Raises:
+      ValueError: an argument is negative, NaN or not a scalar; an axis is out of range; params are missing.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`, unit by unit.
+
+    Example:
+      >>> tx = adaptive_grad_clip(0.1)
+      >>> params, grads = jnp.array([[3.0], [4.0]]), jnp.array([[6.0], [8.0]])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(updates)
+      [[0.3]
+       [0.4]]
+
+    References:
+      Brock, De, Smith, Simonyan, High-performance large-scale image recognition without normalization, 2021,
+      arXiv 2102.06171. Numbers are those of `optax.adaptive_grad_clip`, whose docstring says that rank 3 reduces axes
+      (0, 1, 2): its code, and this, reduce axis 0.
+    """
+    caller = "adaptive_grad_clip"
+    axis = _checks.axis(axis, caller=caller)
+    norm = functools.partial(unit_norm, axis=axis, axis_name=axis_name)
+    rules = jax.tree.map(
+        lambda share: param_fraction(share, norm, eps, caller=caller),
+        as_thresholds(clipping, caller=caller, name="clipping"),
+        is_leaf=is_threshold,
+    )
+    return clip_by_norm(norm, rules, _agc_shrink)
+
+
+def _agc_shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    return jnp.where(norm > threshold, shrink(jnp.maximum(norm, 1e-6), threshold), 1.0)
+
+
+def _with_ord(norm: Callable, ord: float | None, axis_name: Any, *, caller: str, **kwargs: Any) -> Callable:
+    """The norm with its options, `ord` checked under the name of the clip that the user called."""
+    if ord is not None:
+        ord = _checks.static_number(ord, caller=caller, name="ord", low=1.0)
+    return functools.partial(norm, ord=ord, axis_name=axis_name, **kwargs)

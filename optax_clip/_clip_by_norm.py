@@ -1,0 +1,225 @@
+"""The engine: measure each block, compare with a threshold, scale the block."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _checks
+from optax_clip._blocks import broadcast, is_counted, varying
+from optax_clip._reductions import fold, root
+from optax_clip._responses import shrink
+from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
+
+
+class ClipState(NamedTuple):
+    """What a norm clip measured in its last step. Read it with `clip_metrics`."""
+
+    step: jax.Array  # i32[]: updates so far
+    norm: jax.Array  # f32[]: before clipping; over several blocks, the root of the sum of their squares
+    threshold: jax.Array  # f32[]: mean over blocks
+    scale: jax.Array  # f32[]: mean over blocks; 1 where nothing was clipped
+    clip_rate: jax.Array  # f32[]: mean over steps of the share of blocks whose norm was above the threshold
+    rule: Any  # what the threshold keeps
+
+
+def clip_by_norm(
+    norm: Callable[[Any], Any], threshold: Any, response: Callable | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each block of the updates by what its norm and its threshold ask for: the engine of every norm clip.
+
+    updates_b ← updates_b · response(norm_b, threshold_b)
+
+    Args:
+      norm: how big each block is: `global_norm`, `leaf_norm`, `unit_norm`, `block_rms`, `group_norm(labels)`, one of
+        these configured by `functools.partial`, or a function from updates to a prefix tree of arrays (leaves that
+        carry the same array are one block, None leaves them alone).
+      threshold: >= 0, in units of the norm. A number, a scalar array (traced too), an Optax schedule, a `Threshold`,
+        None (measure only), or a prefix tree of these where blocks are leaves or smaller.
+      response: from a block's norm and threshold to its factor: `shrink` (the default), `normalize`, `smooth`,
+        `tanh`, or a function of two arrays, asked only where 0 < norm < inf and threshold < inf.
+
+    Returns:
+      A transformation with the state `ClipState`: i32[] and f32[] scalars, and what the threshold keeps.
+
+    Raises:
+      ValueError: a threshold is negative, NaN or not a scalar, or a tree of thresholds does not fit.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      Updates of a block that is not scaled, and all updates under a threshold of inf or None, are bit-identical.
+      A block with a NaN or inf becomes NaN throughout, and its norm does not enter the clip rate. Shapes and dtypes
+      are kept; products are taken in f32 or better and rounded once. Integer, boolean and other leaves without a
+      norm are returned as they are.
+
+    Example:
+      >>> tx = clip_by_norm(leaf_norm, 1.0, smooth)
+      >>> updates, state = tx.update({"w": jnp.array([3.0])}, tx.init({"w": jnp.zeros(1)}))
+      >>> print(updates["w"], state.norm)
+      [0.75] 3.0
+    """
+    _checks.function(
+        norm, caller="clip_by_norm", name="norm", example="global_norm, or functools.partial(unit_norm, axis=0)"
+    )
+    if response is not None:
+        _checks.function(response, caller="clip_by_norm", name="response", example="smooth")
+    respond = shrink if response is None else response
+    rules = as_thresholds(threshold, caller="clip_by_norm", name="threshold")
+
+    def init_fn(params):
+        blocks = _Blocks(norm(params), params, rules)
+        zeros = [jnp.zeros([], jnp.float32) for _ in range(3)]
+        rule = blocks.merge([rule.init(norms) for rule, norms in blocks.by_rule()])
+        return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        blocks = _Blocks(norm(updates), updates, rules)
+        thresholds, rule = blocks.thresholds(state.rule, params)
+        scales = [_scale(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
+        leaves, treedef = jax.tree.flatten(updates)
+        clipped = [leaf if b is None else _scaled(leaf, *scales[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
+        total, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
+        step = optax.safe_increment(state.step)
+        clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
+        return treedef.unflatten(clipped), ClipState(step, total, mean_threshold, mean_scale, clip_rate, rule)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Blocks:
+    """The blocks of a tree of updates: their norms, which leaf belongs to which, and which rule governs each."""
+
+    norms: tuple[jax.Array, ...]
+    of_leaf: list[int | None]
+
+    def __init__(self, norm_tree: Any, updates: Any, rules: Any):
+        self.updates = updates
+        self.single = isinstance(rules, Threshold)
+        self.rules = list({id(rule): rule for rule in jax.tree.leaves(rules, is_leaf=is_threshold)}.values())
+        by_leaf = [
+            norm if is_counted(leaf) else None
+            for norm, leaf in zip(
+                broadcast(norm_tree, updates, caller="clip_by_norm", name="norm"), jax.tree.leaves(updates)
+            )
+        ]
+        # A norm that is one array for the whole tree is a block even where the tree is empty.
+        whole = [norm_tree] if _checks.is_leaf(norm_tree) and norm_tree is not None else []
+        distinct = {id(norm): norm for norm in [*whole, *by_leaf] if norm is not None}
+        place = {key: i for i, key in enumerate(distinct)}
+        self.norms = tuple(distinct.values())
+        self.of_leaf = [None if norm is None else place[id(norm)] for norm in by_leaf]
+        self.rule_of = self._rules_of_blocks(rules)
+
+    def _rules_of_blocks(self, rules: Any) -> list[int]:
+        if self.single or not jax.tree.leaves(self.updates):
+            return [0] * len(self.norms)
+        number = {id(rule): r for r, rule in enumerate(self.rules)}
+        numbered = jax.tree.map(lambda rule: number[id(rule)], rules, is_leaf=is_threshold)
+        rule_of: list[int] = [-1] * len(self.norms)
+        for b, r in zip(self.of_leaf, broadcast(numbered, self.updates, caller="clip_by_norm", name="threshold")):
+            if b is not None and rule_of[b] not in (-1, r):
+                raise ValueError(
+                    "clip_by_norm: leaves that share a norm have different thresholds. A block has one threshold. "
+                    "Use leaf_norm or unit_norm, or group the leaves by threshold with clip_by_group_norm."
+                )
+            if b is not None:
+                rule_of[b] = r
+        return rule_of
+
+    def by_rule(self) -> list[tuple[Threshold, tuple]]:
+        """Each rule with the norms of its blocks."""
+        return [
+            (rule, tuple(norm for norm, own in zip(self.norms, self.rule_of) if own == r))
+            for r, rule in enumerate(self.rules)
+        ]
+
+    def merge(self, states: list) -> Any:
+        """The state of a single rule; for a tree of rules a tuple of theirs, or one array where the tree is empty."""
+        if not states:
+            return jnp.zeros([], jnp.float32)
+        return states[0] if self.single else tuple(states)
+
+    def thresholds(self, state: Any, params: Any) -> tuple[list[jax.Array], Any]:
+        states = [state] if self.single else state if self.rules else ()
+        params = None if params is None else _checks.same_structure(self.updates, params, caller="clip_by_norm")
+        out: list = [None] * len(self.norms)
+        new_states = []
+        for r, ((rule, norms), old) in enumerate(zip(self.by_rule(), states)):
+            own = [b for b, owner in enumerate(self.rule_of) if owner == r]
+            values, new = rule.update(norms, old, None if params is None else self._params_of(params, own))
+            new_states.append(new)
+            for b, value in zip(own, values):
+                out[b] = jnp.maximum(value, 0.0)  # keeps NaN
+        return out, self.merge(new_states)
+
+    def _params_of(self, params: list, blocks: list[int]) -> Any:
+        """The tree of parameters with None for leaves of other blocks."""
+        keep = set(blocks)
+        treedef = jax.tree.structure(self.updates)
+        return treedef.unflatten([p if b in keep else None for p, b in zip(params, self.of_leaf)])
+
+
+def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array]:
+    """The factor of a block as two whose product it is, since by itself it may be too small for f32."""
+    off = threshold == jnp.inf
+    valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
+    live = valid & (norm > 0) & ~off
+    n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
+    # A factor below the smallest normal f32 would be flushed to 0: there, the norm is measured in units of 2^96.
+    far = (respond(n, t) < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24)
+    unit = jnp.where(far, 2.0**-96, 1.0).astype(norm.dtype)
+    idle = jnp.where((norm == 0) & (threshold == 0), 0.0, jnp.where(valid | off, 1.0, jnp.nan))
+    scale = jnp.where(live, respond(n * unit, t), idle).astype(norm.dtype)
+    if norm.ndim == 0:
+        return scale, unit
+    # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
+    # every entry. The divisor is 1, since norms are not negative, but it does not know that.
+    one = jnp.where(norm < 0, 2.0, 1.0).astype(norm.dtype)
+    return scale / one, unit / one
+
+
+def _scaled(leaf: Any, scale: jax.Array, unit: jax.Array) -> jax.Array:
+    """leaf * unit * scale, multiplied in f32 or better and rounded once; the leaf itself where scale is 1."""
+    x = jnp.asarray(leaf)
+    dtype = jnp.promote_types(x.real.dtype, jnp.float32)
+    scale, unit = scale.astype(dtype), unit.astype(dtype)
+    parts = [part.astype(dtype) * unit * scale for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
+    # x * 1 would flush subnormal numbers on some processors.
+    return jnp.where(scale == 1, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
+
+
+def _summary(norms: tuple, thresholds: list, scales: list) -> list[jax.Array]:
+    """Total norm, mean threshold, mean factor, share of blocks above their thresholds: f32[] each."""
+    if not norms:
+        return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
+    above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
+    factors = [(scale * unit).astype(jnp.float32) for scale, unit in scales]
+    norms, thresholds = [[x.astype(jnp.float32) for x in arrays] for arrays in (norms, thresholds)]
+    if len(norms) == 1 and norms[0].ndim == 0:
+        return [norms[0], thresholds[0], factors[0], above[0]]
+    # Squares at two scales, since those of large and of small norms leave the range of f32.
+    low, high = jax.lax.optimization_barrier((jnp.float32(2.0**40), jnp.float32(2.0**-66)))
+    rows = [
+        (jnp.square(n * low), jnp.square(n * high), jnp.broadcast_to(t, n.shape), factor, is_above)
+        for n, t, factor, is_above in zip(norms, thresholds, factors, above)
+    ]
+    low_sum, high_sum, *sums = _total(rows)
+    norm = jnp.where(jnp.isfinite(low_sum), root(low_sum, low), root(high_sum, high))
+    count = sum(n.size * math.prod(jax.lax.axis_size(name) for name in varying(n)) for n in norms)
+    return [norm, *(x / count for x in sums)]
+
+
+def _total(rows: list[tuple]) -> list[jax.Array]:
+    """The sum of each column over its entries, over the rows and over the devices on which they vary."""
+    sums: dict[tuple, list] = {}
+    for row in rows:
+        sums.setdefault(tuple(sorted(varying(row[0]))), []).append([jnp.sum(x) for x in row])
+    columns = {names: [fold(jnp.add, list(column)) for column in zip(*rows)] for names, rows in sums.items()}
+    return [
+        fold(jnp.add, list(column))
+        for column in zip(*(jax.lax.psum(sums, names) if names else sums for names, sums in columns.items()))
+    ]

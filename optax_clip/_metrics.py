@@ -1,0 +1,52 @@
+"""What the clips in an optimizer state measured."""
+
+from typing import Any
+
+import jax
+
+from optax_clip._clip_by_norm import ClipState
+
+
+def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
+    """Reads what norm clips measured in their last step, wherever they sit in an optimizer's state.
+
+    Works on states of `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams` and any other tree,
+    inside jit and scan; it reads numbers that the step computed anyway.
+
+    Args:
+      opt_state: an optimizer state that holds at least one `ClipState`.
+      prefix: first part of the names.
+
+    Returns:
+      `{"clip/norm": ..., "clip/threshold": ..., "clip/scale": ..., "clip/clip_rate": ...}`, f32[] each: the norm *before*
+      clipping (so it may exceed the threshold), the mean threshold and scale over blocks, and the running mean over
+      steps of the share of blocks above their threshold. With several clips the path of each stands
+      between: `clip/0/norm`.
+
+    Raises:
+      ValueError: there is no norm clip in the state.
+
+    Example:
+      >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> grads = jnp.array([3.0, 4.0])
+      >>> _, state = optimizer.update(grads, optimizer.init(grads))
+      >>> {name: round(float(value), 3) for name, value in clip_metrics(state).items()}
+      {'clip/norm': 5.0, 'clip/threshold': 1.0, 'clip/scale': 0.2, 'clip/clip_rate': 1.0}
+    """
+    found = [
+        (path, node)
+        for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, ClipState))
+        if isinstance(node, ClipState)
+    ]
+    if not found:
+        raise ValueError(
+            f"clip_metrics: found no ClipState in opt_state, a {type(opt_state).__name__}. Pass the state of an optimizer "
+            "with a norm clip in it; clips of single entries (clip, clip_by_value) measure nothing, and "
+            "clip_by_global_norm(None) measures without clipping."
+        )
+    metrics = {}
+    for path, state in found:
+        name = jax.tree_util.keystr(path, simple=True, separator="/") if len(found) > 1 else ""
+        for field in ("norm", "threshold", "scale", "clip_rate"):
+            metrics["/".join(filter(None, (prefix, name, field)))] = getattr(state, field)
+    return metrics

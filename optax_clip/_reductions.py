@@ -1,0 +1,147 @@
+"""Norms of blocks of arrays, exact over the range of f32 at the price of one read.
+
+`values` are the leaves of each block, `layout` the (axes of a unit or None, mesh axes) of each leaf.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip._blocks import Mesh, varying
+
+_LARGE, _SMALL = 2.0**-66, 2.0**80  # scales at which the squares of large and of small numbers are normal numbers
+_LOWEST = 2.0**-70  # a sum of squares below may have lost addends
+_MERGED = 16
+
+
+# Compiled by themselves, so that calls outside of jit do not compile the conditional anew each time.
+@functools.partial(jax.jit, static_argnames="layout", inline=True)
+def l2_norms(values: list, *, layout: tuple) -> list[jax.Array]:
+    """Euclidean norms: one read of the values, and a second one only in steps where squares leave the range of f32."""
+    # XLA's CPU backend reads a plain sum of squares faster than a scaled one. Elsewhere a scale is free, and tells a
+    # block of zeros from one whose squares vanish. The barrier keeps XLA from multiplying the scales first.
+    scale = jax.lax.platform_dependent(
+        cpu=lambda: jnp.float32(1.0), default=lambda: jax.lax.optimization_barrier(jnp.float32(2.0**40))
+    )
+    scales = [scale] * len(values)
+    sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, scales[i]))
+    unsafe = [(s == jnp.inf) | ((s < _LOWEST) & ((s > 0) | (scale == 1))) for s in sums]
+    new_scales = [jnp.where(s > 1, _LARGE, _SMALL).astype(s.dtype) for s in sums]
+
+    def measure_again(values, scales, norms, unsafe):
+        sums = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
+        return [jnp.where(u, root(s, k), n) for u, s, k, n in zip(unsafe, sums, scales, norms)]
+
+    norms = [root(s, k) for s, k in zip(sums, scales)]
+    return jax.lax.cond(
+        _anywhere(unsafe, layout), measure_again, lambda v, k, norms, u: norms, values, new_scales, norms, unsafe
+    )
+
+
+def _sum_of_squares(xs: list[jax.Array], axes: tuple[int, ...] | None, scale: jax.Array) -> jax.Array:
+    """Over the entries of all `xs`, which are alike."""
+    parts = [part for x in xs for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
+    squares = [jnp.square(_at_least_f32(part) * scale.astype(_at_least_f32(part).dtype)) for part in parts]
+    return jnp.sum(fold(jnp.add, squares), axis=axes, keepdims=axes is not None)
+
+
+def root(s: jax.Array, scale: jax.Array) -> jax.Array:
+    """sqrt(s) / scale, with the derivative 0 at 0."""
+    # Tests for 0 rather than for > 0, so that NaN stays NaN; the inner select keeps the derivative at 0 finite.
+    return jnp.where(s == 0, 0.0, jnp.sqrt(jnp.where(s == 0, 1.0, s))) / scale.astype(s.dtype)
+
+
+def _merged(values: list, layout: tuple) -> tuple[list, tuple]:
+    """The same blocks, leaves of one type in lists that are measured as one: a shorter program for steps that are rare."""
+    merged, new_layout = [], []
+    for block, parts in zip(values, layout):
+        alike: dict[Any, list] = {}
+        for x, part in zip(block, parts):
+            alike.setdefault((jax.typeof(x), part), []).append(x)
+        lists = [(xs[i : i + _MERGED], part) for (_, part), xs in alike.items() for i in range(0, len(xs), _MERGED)]
+        merged.append([xs for xs, _ in lists])
+        new_layout.append(tuple(part for _, part in lists))
+    return merged, tuple(new_layout)
+
+
+def _anywhere(flags: list[jax.Array], layout: tuple) -> jax.Array:
+    """Whether a flag is up, the same answer on every device."""
+    flag = fold(jnp.logical_or, [jnp.any(flag) for flag in flags], empty=jnp.bool_(False))
+    names = set(varying(flag))
+    if any(axes is not None for parts in layout for axes, _ in parts):
+        names |= set(Mesh("").untyped)  # units may differ between devices, and the types are silent
+    return jax.lax.psum(flag.astype(jnp.int32), tuple(sorted(names))) > 0 if names else flag
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "ord"), inline=True)
+def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
+    """Norms of order 1 and inf in one read; others in two, relative to the largest entry, so that no power overflows."""
+    if ord == 1:
+        return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x), axes))
+    peaks = _reduce(
+        values, layout, lambda i, x, axes: _over(jnp.max, _magnitude(x), axes, initial=0.0), jnp.maximum, _pmax
+    )
+    if ord == math.inf:
+        return peaks
+    units = [jax.lax.stop_gradient(jnp.where(peak == 0, 1.0, peak)) for peak in peaks]  # the norm does not depend on it
+    sums = _reduce(
+        values,
+        layout,
+        lambda i, x, axes: _over(jnp.sum, (_magnitude(x) / units[i].astype(_magnitude(x).dtype)) ** ord, axes),
+    )
+    return [jnp.where(s == 0, 0.0, jnp.where(s == 0, 1.0, s) ** (1 / ord)) * unit for s, unit in zip(sums, units)]
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    return jnp.abs(_at_least_f32(x))
+
+
+def _over(reduction: Callable, x: jax.Array, axes: tuple[int, ...] | None, **kwargs) -> jax.Array:
+    return reduction(x, axis=axes, keepdims=axes is not None, **kwargs)
+
+
+def _at_least_f32(x: jax.Array) -> jax.Array:
+    return x if jnp.iscomplexobj(x) else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:
+    """`lax.pmax`, with the derivative that it lacks: the mean of those of the entries that attain the maximum."""
+    peaks = jax.lax.pmax(jax.lax.stop_gradient(arrays), names)
+    held = [(a == peak).astype(a.dtype) for a, peak in zip(arrays, peaks)]
+    moves = [h * (a - jax.lax.stop_gradient(a)) for h, a in zip(held, arrays)]
+    moves, counts = jax.lax.psum((moves, held), names)
+    return [peak + move / jnp.maximum(count, 1) for peak, move, count in zip(peaks, moves, counts)]
+
+
+def _reduce(
+    values: list, layout: tuple, part: Callable, combine: Callable = jnp.add, collective: Callable = jax.lax.psum
+) -> list[jax.Array]:
+    """For each block i: `part(i, x, axes)` of its leaves, combined, and over the mesh axes that they are spread over."""
+    spread: dict[tuple[str, ...], list[tuple[int, jax.Array]]] = {}
+    for i, (block, parts) in enumerate(zip(values, layout)):
+        terms: dict[tuple[str, ...], list] = {}
+        for x, (axes, mesh_axes) in zip(block, parts):
+            terms.setdefault(mesh_axes, []).append(part(i, x, axes))
+        for mesh_axes, arrays in terms.items():
+            spread.setdefault(mesh_axes, []).append((i, fold(combine, arrays)))
+    blocks: list[list] = [[] for _ in values]
+    for mesh_axes, entries in spread.items():
+        arrays = [array for _, array in entries]
+        for (i, _), array in zip(entries, collective(arrays, mesh_axes) if mesh_axes else arrays):
+            blocks[i].append(array)
+    return [fold(combine, arrays, empty=jnp.float32(0)) for arrays in blocks]
+
+
+def fold(function: Callable, arrays: list[jax.Array], empty: jax.Array | None = None) -> jax.Array:
+    """Pairwise, which is more exact and compiles faster than one after the other."""
+    if not arrays and empty is not None:
+        return empty
+    dtype = functools.reduce(jnp.promote_types, {a.dtype for a in arrays})
+    arrays = [a.astype(dtype) for a in arrays]
+    while len(arrays) > 1:
+        arrays = [*map(function, arrays[::2], arrays[1::2]), *(arrays[-1:] if len(arrays) % 2 else [])]
+    return arrays[0]

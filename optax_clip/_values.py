@@ -1,0 +1,173 @@
+"""Clips of single entries. They measure nothing, which would cost another read."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _checks
+from optax_clip._blocks import broadcast, is_counted
+
+
+class ValueClipState(NamedTuple):
+    """How often a clip of single entries was applied."""
+
+    step: jax.Array  # i32[]: updates so far, saturates
+
+
+def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
+    """Clips every entry to [-max_delta, max_delta]; a complex one to that magnitude, its phase kept.
+
+    x ← min(max(x, -max_delta), max_delta)
+
+    Args:
+      max_delta: largest magnitude of an entry, >= 0: a number, a scalar array (traced too), an Optax schedule, None for
+        no bound, or a prefix tree of these.
+
+    Returns:
+      A transformation with the state `ValueClipState`: i32[].
+
+    Raises:
+      ValueError: `max_delta` is negative, NaN or not a scalar, or the tree does not fit the updates.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      Entries inside the bounds are bit-identical; inf goes to the bound, NaN stays NaN. Shapes and dtypes are kept.
+      A traced bound below 0 acts as 0, a NaN makes every entry NaN.
+
+    Example:
+      >>> tx = clip(1.0)
+      >>> grads = jnp.array([-3.0, 0.5, jnp.inf])
+      >>> print(tx.update(grads, tx.init(grads))[0])
+      [-1.   0.5  1. ]
+
+    References:
+      Mikolov, Statistical language models based on neural networks, 2012. Numbers are those of `optax.clip`; PyTorch's
+      `clip_grad_value_`.
+    """
+    _check_bounds(max_delta, caller="clip", name="max_delta", low=0.0, why=_NO_FLIP)
+
+    def bounds(step, updates):
+        deltas = broadcast(max_delta, updates, caller="clip", name="max_delta")
+        return [(None if d is None else -d, d) for d in (_at(step, delta, low=0.0) for delta in deltas)]
+
+    return _entrywise(bounds)
+
+
+def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Clips every entry to [min_value, max_value], either side of which may be open.
+
+    x ← min(max(x, min_value), max_value)
+
+    Args:
+      min_value: smallest entry: a number, a scalar array (traced too), an Optax schedule, None for no bound, or a prefix
+        tree of these.
+      max_value: largest entry, >= min_value, likewise. Where values that are known only in the compiled program
+        cross, `max_value` wins.
+
+    Returns:
+      A transformation with the state `ValueClipState`: i32[].
+
+    Raises:
+      ValueError: a bound is NaN or not a scalar, min_value > max_value, or a tree does not fit the updates.
+      TypeError: a bound is of the wrong kind.
+
+    Guarantees:
+      As for `clip`. Complex entries keep their phase and are clipped to the magnitude min(max_value, -min_value), the
+      largest for which real and imaginary parts lie within the bounds whatever the phase; below 0 that acts as 0.
+
+    Example:
+      >>> tx = clip_by_value(max_value=2.0)
+      >>> grads = jnp.array([-9.0, 1.0, 9.0])
+      >>> print(tx.update(grads, tx.init(grads))[0])
+      [-9.  1.  2.]
+
+    References:
+      Mikolov, Statistical language models based on neural networks, 2012; `tf.clip_by_value`.
+    """
+    _check_bounds(min_value, caller="clip_by_value", name="min_value")
+    _check_bounds(max_value, caller="clip_by_value", name="max_value")
+    _checks.ordered(min_value, max_value, caller="clip_by_value", low="min_value", high="max_value")
+
+    def bounds(step, updates):
+        lows = broadcast(min_value, updates, caller="clip_by_value", name="min_value")
+        highs = broadcast(max_value, updates, caller="clip_by_value", name="max_value")
+        return [(_at(step, low), _at(step, high)) for low, high in zip(lows, highs)]
+
+    return _entrywise(bounds)
+
+
+_NO_FLIP = " A negative bound would flip the sign of the update."
+
+
+def _check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None, why: str = "") -> None:
+    for value in jax.tree.leaves(tree):
+        if not _checks.is_function(value):
+            _checks.scalar(value, caller=caller, name=name, low=low, why=why)
+
+
+def _at(step: jax.Array, bound: Any, low: float | None = None) -> jax.Array | None:
+    """The bound at this step; not below `low`."""
+    if bound is None:
+        return None
+    value = jnp.asarray(bound(step) if callable(bound) else bound)
+    if value.shape != ():
+        raise ValueError(f"clip: a schedule must return a scalar, got an array of shape {value.shape}.")
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return value if low is None else jnp.maximum(value, low)  # keeps NaN
+
+
+def _entrywise(bounds: Any) -> optax.GradientTransformationExtraArgs:
+    def init_fn(params):
+        del params
+        return ValueClipState(jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        leaves, treedef = jax.tree.flatten(updates)
+        clipped = [
+            _clipped(jnp.asarray(leaf), *bound) if is_counted(leaf) else leaf
+            for leaf, bound in zip(leaves, bounds(state.step, updates))
+        ]
+        return treedef.unflatten(clipped), ValueClipState(optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _clipped(x: jax.Array, low: jax.Array | None, high: jax.Array | None) -> jax.Array:
+    if low is None and high is None:
+        return x
+    dtype = jnp.promote_types(x.real.dtype, jnp.float32)
+    high = (jnp.asarray(jnp.inf) if high is None else high).astype(dtype)
+    low = (jnp.asarray(-jnp.inf) if low is None else low).astype(dtype)
+    low = jnp.minimum(low, high)
+    within = _within_disc if jnp.iscomplexobj(x) else _within_interval
+    return jnp.where(jnp.isnan(low), jnp.asarray(jnp.nan, x.dtype), within(x, low, high))
+
+
+def _within_interval(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    # Compared in the wider type, selected in the leaf's own: an entry inside the bounds keeps its bits.
+    wide = x.astype(low.dtype)
+    return jnp.where(wide > high, _cast(high, x.dtype), jnp.where(wide < low, _cast(low, x.dtype), x))
+
+
+def _cast(bound: jax.Array, dtype: Any) -> jax.Array:
+    """The bound in the leaf's dtype; a finite one stays finite."""
+    largest = jnp.finfo(dtype).max.astype(bound.dtype)
+    return jnp.where(jnp.isinf(bound), bound, jnp.clip(bound, -largest, largest)).astype(dtype)
+
+
+def _within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    radius = jnp.maximum(jnp.minimum(high, -low), 0.0)
+    endless = jnp.isinf(x.real) | jnp.isinf(x.imag)
+    # The direction of an infinite entry is that of its infinite parts.
+    x_finite = jnp.where(endless, jax.lax.complex(_sign_if_inf(x.real), _sign_if_inf(x.imag)), x)
+    magnitude = jnp.abs(x_finite)
+    outside = (magnitude > radius) | (endless & (radius < jnp.inf))
+    scale = radius / jnp.where(outside, magnitude, 1.0)
+    return jnp.where(outside, jax.lax.complex(x_finite.real * scale, x_finite.imag * scale), x)
+
+
+def _sign_if_inf(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isinf(x), jnp.sign(x), 0.0)
