@@ -1,7 +1,9 @@
 """Gradient clipping for JAX, as composable Optax transformations."""
 
-from optax_clip._algorithms import (
-    adaptive_grad_clip,
+from optax_clip._adaptive import adaptive_grad_clip
+from optax_clip._clip_by_norm import ClipState, clip_by_norm
+from optax_clip._metrics import clip_metrics
+from optax_clip._norm_clips import (
     clip_by_block_rms,
     clip_by_global_norm,
     clip_by_group_norm,
@@ -9,8 +11,6 @@ from optax_clip._algorithms import (
     clip_by_norm_range,
     clip_by_unit_norm,
 )
-from optax_clip._clip_by_norm import ClipState, clip_by_norm
-from optax_clip._metrics import clip_metrics
 from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
 from optax_clip._responses import normalize, shrink, smooth, tanh
 from optax_clip._thresholds import Threshold, param_fraction, scheduled

@@ -30,7 +30,8 @@ def broadcast(prefix: Any, tree: Any, *, caller: str, name: str, is_leaf: Callab
         )
     except ValueError as error:
         raise ValueError(
-            f"{caller}: {name} does not fit the updates: {error}. It must be one value or a prefix of the tree of updates."
+            f"{caller}: {name} does not fit the updates: {error}. "
+            "It must be one value or a prefix of the tree of updates."
         ) from None
     return entries
 
@@ -65,21 +66,24 @@ def parts(updates: Any, axis_name: Any, *, caller: str, axis: Any = None) -> lis
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     names = broadcast(axis_name, updates, caller=caller, name="axis_name", is_leaf=_is_names)
     mesh = Mesh(caller)
-    out = []
-    for (path, leaf), given in zip(leaves, names):
-        axes = axis(path, leaf) if callable(axis) and is_counted(leaf) else axis
-        if not is_counted(leaf) or (axis is not None and axes is None):
-            out.append(None)
-            continue
+    units = axis is not None
+
+    def part(path, leaf, given) -> Part | None:
+        if not is_counted(leaf):
+            return None
+        axes: Any = axis(path, leaf) if callable(axis) else axis
+        if units and axes is None:
+            return None
         value = jnp.asarray(leaf)
         where = f"leaf {jax.tree_util.keystr(path) or 'updates'}"
-        if axis is not None:
-            axes = _normalized(_checks.axis(axes, caller=caller), value, where, caller)
-        out.append(Part(value, axes, mesh.summed(value, given, where, unit=axis is not None)))
-    return out
+        if units:
+            axes = _in_range(_checks.axes(axes, caller=caller), value, where, caller)
+        return Part(value, axes, mesh.summed(value, given, where, unit=units))
+
+    return [part(path, leaf, given) for (path, leaf), given in zip(leaves, names)]
 
 
-def _normalized(axes: Any, value: jax.Array, where: str, caller: str) -> tuple[int, ...]:
+def _in_range(axes: tuple[int, ...], value: jax.Array, where: str, caller: str) -> tuple[int, ...]:
     out = tuple(a + value.ndim if a < 0 else a for a in axes)
     if len(set(out)) < len(out) or not all(0 <= a < value.ndim for a in out):
         raise ValueError(
@@ -116,9 +120,9 @@ class Mesh:
                 )
             if unit and varies:
                 raise ValueError(
-                    f"{self.caller}: axis_name is missing. {where} varies over the mesh axes {tuple(sorted(varies))}, and "
-                    "its type does not tell whether the entries of one unit are spread over them. Pass axis_name: the "
-                    "names of the axes that split a unit, () where every unit lies on one device, or a prefix tree."
+                    f"{self.caller}: axis_name is missing. {where} varies over the mesh axes {tuple(sorted(varies))}, "
+                    "and its type does not tell whether the entries of one unit are spread over them. Pass axis_name: "
+                    "the names of the axes that split a unit, () where every unit lies on one device, or a prefix tree."
                 )
             given = ()
         unknown = [name for name in given if not _is_bound(name)]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _ACCEPTED = "a number, a scalar array, a schedule, or None"
 
@@ -47,13 +48,14 @@ def ordered(low_value: Any, high_value: Any, *, caller: str, low: str, high: str
     known = [concrete(v) if hasattr(v, "__float__") else None for v in (low_value, high_value)]
     if known[0] is not None and known[1] is not None and known[0] > known[1]:
         raise ValueError(
-            f"{caller}: {low} must be <= {high}, got {known[0]:g} > {known[1]:g}. Exchange them, or pass None for no bound."
+            f"{caller}: {low} must be <= {high}, got {known[0]:g} > {known[1]:g}. "
+            "Exchange them, or pass None for no bound."
         )
 
 
 def concrete(value: Any) -> float | None:
     """The value of a scalar, or None where it is traced or lives on devices of other processes."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         return None
@@ -75,10 +77,12 @@ def static_number(value: Any, *, caller: str, name: str, low: float) -> float:
     return value
 
 
-def axis(value: Any, *, caller: str) -> Callable | tuple[int, ...] | None:
+def axis(value: Any, *, caller: str) -> Callable[[Any, Any], Any] | tuple[int, ...] | None:
     """`axis` as None, a rule, or a tuple of ints."""
-    if value is None or is_function(value):
-        return value
+    return value if value is None or is_function(value) else axes(value, caller=caller)
+
+
+def axes(value: Any, *, caller: str) -> tuple[int, ...]:
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{caller}: axis must be a Python int, got a JAX array. It shapes the program: "

@@ -83,7 +83,7 @@ def clip_by_norm(
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [leaf if b is None else _scaled(leaf, *scales[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
         total, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
         return treedef.unflatten(clipped), ClipState(step, total, mean_threshold, mean_scale, clip_rate, rule)
 
@@ -198,7 +198,8 @@ def _summary(norms: tuple, thresholds: list, scales: list) -> list[jax.Array]:
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
     factors = [(scale * unit).astype(jnp.float32) for scale, unit in scales]
-    norms, thresholds = [[x.astype(jnp.float32) for x in arrays] for arrays in (norms, thresholds)]
+    norms = tuple(n.astype(jnp.float32) for n in norms)
+    thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:
         return [norms[0], thresholds[0], factors[0], above[0]]
     # Squares at two scales, since those of large and of small norms leave the range of f32.

@@ -18,9 +18,9 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
       prefix: first part of the names.
 
     Returns:
-      `{"clip/norm": ..., "clip/threshold": ..., "clip/scale": ..., "clip/clip_rate": ...}`, f32[] each: the norm *before*
-      clipping (so it may exceed the threshold), the mean threshold and scale over blocks, and the running mean over
-      steps of the share of blocks above their threshold. With several clips the path of each stands
+      `{"clip/norm": ..., "clip/threshold": ..., "clip/scale": ..., "clip/clip_rate": ...}`, f32[] each: the norm
+      *before* clipping (so it may exceed the threshold), the mean threshold and scale over blocks, and the running
+      mean over steps of the share of blocks above their threshold. With several clips the path of each stands
       between: `clip/0/norm`.
 
     Raises:
@@ -40,8 +40,8 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     ]
     if not found:
         raise ValueError(
-            f"clip_metrics: found no ClipState in opt_state, a {type(opt_state).__name__}. Pass the state of an optimizer "
-            "with a norm clip in it; clips of single entries (clip, clip_by_value) measure nothing, and "
+            f"clip_metrics: found no ClipState in opt_state, a {type(opt_state).__name__}. Pass the state of an "
+            "optimizer with a norm clip in it; clips of single entries (clip, clip_by_value) measure nothing, and "
             "clip_by_global_norm(None) measures without clipping."
         )
     metrics = {}

@@ -1,17 +1,17 @@
 """How big each block of the updates is.
 
-A *block* is a set of entries that share one norm: the whole tree, a group of leaves, a leaf, a unit of a leaf. A norm is
-a plain function `updates -> prefix tree of arrays`: `global_norm` returns one scalar for the whole tree, `leaf_norm` a
-scalar a leaf, `unit_norm` an array a leaf that broadcasts against it. Leaves that carry the same array object are one
+A *block* is a set of entries that share one norm: the whole tree, a group of leaves, a leaf, a unit of a leaf. A norm
+is a plain function `updates -> prefix tree of arrays`: `global_norm` returns one scalar for the whole tree, `leaf_norm`
+a scalar a leaf, `unit_norm` an array a leaf that broadcasts against it. Leaves that carry the same array object are one
 block; `None` leaves them alone. `functools.partial` configures a norm: `partial(global_norm, ord=1)`.
 
-Every norm counts floating and complex leaves only, accumulates in f32 (f64 stays f64), has the derivative 0 at 0, and is
-exact to about 1e-6 from 1e-27 to the largest f32, though squares of such numbers leave the range of f32.
+Every norm counts floating and complex leaves only, accumulates in f32 (f64 stays f64), has a finite derivative at 0,
+and is exact to about 1e-6 from 1e-27 to the largest f32, though squares of such numbers leave the range of f32.
 
 Inside `jax.shard_map` the types of the leaves say over which mesh axes they vary, and norms sum over exactly those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -159,7 +159,9 @@ def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) 
             for part, label in zip(leaves, broadcast(tree, updates, caller="group_norm", name="labels"))
         ]
         names = list(dict.fromkeys(label for label in by_leaf if label is not None))
-        groups = [[part for part, label in zip(leaves, by_leaf) if label == name] for name in names]
+        groups = [
+            [part for part, label in zip(leaves, by_leaf) if part is not None and label == name] for name in names
+        ]
         norms = dict(zip(names, _norms(groups, ord, caller="group_norm")))
         return jax.tree.structure(updates).unflatten([norms.get(label) for label in by_leaf])
 
@@ -173,8 +175,8 @@ def _axes_by_rank(path, leaf) -> tuple[int, ...]:
         return tuple(range(rank))
     if rank > 5:
         raise ValueError(
-            f"unit_norm: leaf {jax.tree_util.keystr(path)} of shape {shape} has {rank} dimensions, and which of them make "
-            "up a unit is known up to 5. Pass axis: an int, a tuple, or a rule(path, leaf)."
+            f"unit_norm: leaf {jax.tree_util.keystr(path)} of shape {shape} has {rank} dimensions, and which of them "
+            "make up a unit is known up to 5. Pass axis: an int, a tuple, or a rule(path, leaf)."
         )
     return (0,) if rank <= 3 else tuple(range(rank - 1))
 
@@ -184,7 +186,7 @@ def _like(updates: Any, leaves: list[Part | None], ord: float | None, *, caller:
     return jax.tree.structure(updates).unflatten([None if part is None else next(norms) for part in leaves])
 
 
-def _norms(blocks: list[list[Part]], ord: float | None, *, caller: str) -> list[jax.Array]:
+def _norms(blocks: Sequence[Sequence[Part]], ord: float | None, *, caller: str) -> list[jax.Array]:
     ord = 2.0 if ord is None else _checks.static_number(ord, caller=caller, name="ord", low=1.0)
     values = [[part.value for part in block] for block in blocks]
     layout = tuple(tuple((part.axes, part.mesh_axes) for part in block) for block in blocks)

@@ -56,7 +56,7 @@ def root(s: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _merged(values: list, layout: tuple) -> tuple[list, tuple]:
-    """The same blocks, leaves of one type in lists that are measured as one: a shorter program for steps that are rare."""
+    """The same blocks, leaves of one type in lists to measure as one: a shorter program for steps that are rare."""
     merged, new_layout = [], []
     for block, parts in zip(values, layout):
         alike: dict[Any, list] = {}
@@ -79,7 +79,7 @@ def _anywhere(flags: list[jax.Array], layout: tuple) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("layout", "ord"), inline=True)
 def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
-    """Norms of order 1 and inf in one read; others in two, relative to the largest entry, so that no power overflows."""
+    """Norms of order 1 and inf in one read; others in two, relative to the largest entry, so no power overflows."""
     if ord == 1:
         return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x), axes))
     peaks = _reduce(
@@ -120,7 +120,7 @@ def _pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:
 def _reduce(
     values: list, layout: tuple, part: Callable, combine: Callable = jnp.add, collective: Callable = jax.lax.psum
 ) -> list[jax.Array]:
-    """For each block i: `part(i, x, axes)` of its leaves, combined, and over the mesh axes that they are spread over."""
+    """For each block i: `part(i, x, axes)` of its leaves, combined, also over the mesh axes they are spread over."""
     spread: dict[tuple[str, ...], list[tuple[int, jax.Array]]] = {}
     for i, (block, parts) in enumerate(zip(values, layout)):
         terms: dict[tuple[str, ...], list] = {}

@@ -1,4 +1,4 @@
-"""What to do about a norm: plain functions `(norm, threshold) -> scale` on arrays, for finite norm > 0 and threshold >= 0."""
+"""What to do about a norm: plain functions `(norm, threshold) -> scale` on finite arrays > 0 and >= 0."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def tanh(norm: jax.Array, threshold: jax.Array) -> jax.Array:
       The factor for the block, in [0, 1].
 
     Example:
-      >>> print(tanh(jnp.float32(1.0), jnp.float32(1.0)).round(4), tanh(jnp.float32(8.0), jnp.float32(2.0)).round(4))
+      >>> print(f"{tanh(jnp.float32(1.0), jnp.float32(1.0)):.4f} {tanh(jnp.float32(8.0), jnp.float32(2.0)):.4f}")
       0.7616 0.2498
 
     References:

@@ -21,8 +21,9 @@ class Threshold(NamedTuple):
     A threshold below 0 acts as 0; inf leaves the block alone; NaN makes it NaN.
 
     Example:
-      >>> half = Threshold(init=lambda norms: (), update=lambda norms, state, params: (tuple(n / 2 for n in norms), state))
-      >>> tx = clip_by_norm(global_norm, half)
+      >>> def halve(norms, state, params):
+      ...     return tuple(norm / 2 for norm in norms), state
+      >>> tx = clip_by_norm(global_norm, Threshold(init=lambda norms: (), update=halve))
       >>> updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
       >>> print(updates)
       [1.5 2. ]
@@ -117,7 +118,8 @@ def param_fraction(
         if [jnp.shape(n) for n in norms] != [jnp.shape(n) for n in sizes]:
             raise ValueError(
                 f"{caller}: the parameters have other blocks than the updates, {len(sizes)} of shapes "
-                f"{[jnp.shape(n) for n in sizes][:5]} against {len(norms)} of shapes {[jnp.shape(n) for n in norms][:5]}. "
+                f"{[jnp.shape(n) for n in sizes][:5]} against {len(norms)} of shapes "
+                f"{[jnp.shape(n) for n in norms][:5]}. "
                 "Use one norm for both, and parameters of the shapes and kinds of the updates."
             )
         return tuple(_share(f, size, eps) for f, size in zip(fractions, sizes)), state

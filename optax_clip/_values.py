@@ -61,8 +61,8 @@ def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.Gradien
     x ← min(max(x, min_value), max_value)
 
     Args:
-      min_value: smallest entry: a number, a scalar array (traced too), an Optax schedule, None for no bound, or a prefix
-        tree of these.
+      min_value: smallest entry: a number, a scalar array (traced too), an Optax schedule, None for no bound, or a
+        prefix tree of these.
       max_value: largest entry, >= min_value, likewise. Where values that are known only in the compiled program
         cross, `max_value` wins.
 
@@ -130,7 +130,7 @@ def _entrywise(bounds: Any) -> optax.GradientTransformationExtraArgs:
             _clipped(jnp.asarray(leaf), *bound) if is_counted(leaf) else leaf
             for leaf, bound in zip(leaves, bounds(state.step, updates))
         ]
-        return treedef.unflatten(clipped), ValueClipState(optax.safe_increment(state.step))
+        return treedef.unflatten(clipped), ValueClipState(jnp.asarray(optax.safe_increment(state.step)))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,0 +1,50 @@
+"""Sample trees of updates, and the one tolerance rule of the tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def sample(seed: int = 0, scale: float = 1.0, dtype=jnp.float32) -> dict:
+    """Leaves of rank 0 to 4, of one dtype."""
+    shapes = {"bias": (5,), "conv": (2, 2, 3, 4), "dense": (6, 5), "heads": (4, 2, 3), "scale": ()}
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: (scale * jax.random.normal(key, shape)).astype(dtype) for key, (name, shape) in zip(keys, shapes.items())
+    }
+
+
+def mixed(seed: int = 0) -> dict:
+    """Leaves of several floating dtypes."""
+    dtypes = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float32]
+    tree = sample(seed)
+    return {name: leaf.astype(dtype) for (name, leaf), dtype in zip(tree.items(), dtypes)}
+
+
+def odd() -> dict:
+    """Every kind of leaf that has no norm, beside one that has."""
+    return {
+        "weight": jnp.array([3.0, 4.0]),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "int": jnp.arange(3),
+        "python_int": 7,
+        "bool": jnp.array([True, False]),
+        "python_bool": True,
+        "float0": np.zeros((2,), jax.dtypes.float0),
+        "key": jax.random.key(0),
+        "function": jnp.tanh,
+        "empty": {},
+    }
+
+
+def tolerance(dtype) -> float:
+    """A few units in the last place of the dtype, at least those of f32, in which norms are taken."""
+    return 8 * float(max(jnp.finfo(dtype).eps, jnp.finfo(jnp.float32).eps))
+
+
+def norm64(tree) -> float:
+    """The Euclidean norm of all floating and complex leaves, in float64."""
+    leaves = [np.asarray(x).astype(np.complex128) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return float(np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in leaves)))
