@@ -1,0 +1,95 @@
+"""Time of a whole compiled AdamW step with a clip in front, relative to the bare step.
+
+All steps work on the same parameters and optimizer state, in place, in one process and in random order; a ratio is the
+median over rounds of the ratio within a round. Scratch is what the compiled program allocates beside its arguments and
+results, as a share of the parameters. Compile time is tracing and compiling, once, after a warm-up.
+
+    python benchmarks/step_time.py --tree gpt --rounds 30
+"""
+
+import argparse
+import random
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+import trees
+
+import optax_clip
+
+CLIPS = {
+    "bare": optax.identity(),
+    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "clip_by_global_norm": optax_clip.clip_by_global_norm(1.0),
+    "clip_by_leaf_norm": optax_clip.clip_by_leaf_norm(1.0),
+    "clip_by_unit_norm": optax_clip.clip_by_unit_norm(1.0),
+    "optax.clip_by_block_rms": optax.clip_by_block_rms(1.0),
+    "clip_by_block_rms": optax_clip.clip_by_block_rms(1.0),
+    "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
+    "adaptive_grad_clip": optax_clip.adaptive_grad_clip(0.01),
+    "optax.clip": optax.clip(0.01),
+    "clip": optax_clip.clip(0.01),
+}
+
+
+def compiled(clip, adam, params, adam_state, grads):
+    """The step as a program that updates its arguments in place, and the seconds that it took to get it."""
+
+    def step(params, adam_state, clip_state, grads):
+        updates, clip_state = clip.update(grads, clip_state, params)
+        updates, adam_state = adam.update(updates, adam_state, params)
+        return optax.apply_updates(params, updates), adam_state, clip_state
+
+    arguments = params, adam_state, clip.init(params), grads
+    start = time.perf_counter()
+    program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
+    return program, time.perf_counter() - start
+
+
+def measure(tree: str, names: list[str], rounds: int) -> None:
+    shapes = trees.TREES[tree]()
+    params, grads = trees.random(shapes), trees.random(shapes, seed=1)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    print(f"\n{tree}: {len(jax.tree.leaves(params))} leaves, {size / 4e6:.1f} M parameters in f32", flush=True)
+    print(f"{'':28} {'step':>6} {'quartiles':>13} {'scratch':>9} {'compile':>8}")
+    adam = optax.adamw(1e-3)
+    params = jax.tree.map(jnp.copy, params)
+    adam_state = jax.jit(adam.init)(params)
+    compiled(CLIPS["bare"], adam, params, adam_state, grads)  # warm-up
+    programs = {name: compiled(CLIPS[name], adam, params, adam_state, grads) for name in names}
+    states = {name: CLIPS[name].init(params) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in random.sample(names, len(names)):
+            for _ in range(2):  # the first run after another program pays for what that left behind
+                start = time.perf_counter()
+                params, adam_state, states[name] = programs[name][0](params, adam_state, states[name], grads)
+                jax.block_until_ready((params, adam_state, states[name]))
+                seconds = time.perf_counter() - start
+            times[name].append(seconds)
+    for name in names:
+        ratios = [a / b for a, b in zip(times[name], times["bare"])]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        program, seconds = programs[name]
+        scratch = program.memory_analysis().temp_size_in_bytes / size
+        ratio = seconds / programs["bare"][1]
+        print(f"{name:28} {middle:6.3f} {low:6.3f}-{high:.3f} {scratch:9.2%} {ratio:8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tree", choices=[*trees.TREES, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--clips", nargs="*", default=list(CLIPS), help="names from the table; bare is always measured")
+    arguments = parser.parse_args()
+    print(
+        f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; relative to the bare step"
+    )
+    for tree in trees.TREES if arguments.tree == "all" else [arguments.tree]:
+        measure(tree, ["bare", *(name for name in arguments.clips if name != "bare")], arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
