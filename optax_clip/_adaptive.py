@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
-from optax_clip._clip_by_norm import clip_by_norm
+from optax_clip._clip_by_norm import norm_clip
 from optax_clip._norms import unit_norm
 from optax_clip._responses import shrink
 from optax_clip._thresholds import as_thresholds, is_threshold, param_fraction
@@ -65,7 +65,7 @@ def adaptive_grad_clip(
         as_thresholds(clipping, caller=caller, name="clipping"),
         is_leaf=is_threshold,
     )
-    return clip_by_norm(norm, rules, _agc_shrink)
+    return norm_clip(norm, rules, _agc_shrink, caller=caller, name="clipping")
 
 
 def _agc_shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:

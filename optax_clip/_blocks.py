@@ -111,6 +111,11 @@ class Mesh:
         """The mesh axes to sum over for `value`; `given` is the user's `axis_name`."""
         varies = varying(value)
         given = (given,) if isinstance(given, str) else given
+        if not (given is None or _is_names(given)):
+            raise TypeError(
+                f"{self.caller}: axis_name must be a name, a tuple of names, None, or a prefix tree of these, "
+                f"got {given!r} for {where}."
+            )
         if given is None:
             if self.untyped:
                 raise ValueError(

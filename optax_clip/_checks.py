@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-_ACCEPTED = "a number, a scalar array, a schedule, or None"
-
 
 def is_leaf(value: object) -> bool:
     """True for a value that is one pytree leaf, so that a callable module (a tree) is not taken for a function."""
@@ -22,10 +20,12 @@ def is_function(value: object) -> bool:
     return callable(value) and is_leaf(value)
 
 
-def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why: str = "") -> None:
+def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why: str = "", kinds: str = "") -> None:
     """Raises unless `value` is a real scalar; where its value is known, also unless it is a number >= `low`."""
-    if isinstance(value, (bool, np.bool_, str, bytes, complex)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{caller}: {name} must be {_ACCEPTED}, got {_show(value)}.{why}")
+    kinds = kinds or "a number, a scalar array, a schedule, or None"
+    wrong = isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating))
+    if wrong or not hasattr(value, "__float__"):
+        raise TypeError(f"{caller}: {name} must be {kinds}, got {_show(value)}. Pass one of these.")
     shape, dtype = jnp.shape(value), getattr(value, "dtype", np.dtype(float))
     if shape != ():
         raise ValueError(
@@ -33,7 +33,7 @@ def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why:
             "For a threshold for each leaf use clip_by_leaf_norm, for each group clip_by_group_norm."
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{caller}: {name} must be a real number, got dtype {dtype}.")
+        raise TypeError(f"{caller}: {name} must be {kinds}, got dtype {dtype}. Pass a real number.")
     known = concrete(value)
     if known is None:
         return
@@ -59,7 +59,10 @@ def concrete(value: Any) -> float | None:
         return None
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond the largest float
+        return math.copysign(float(np.finfo(float).max), value)
 
 
 def static_number(value: Any, *, caller: str, name: str, low: float) -> float:
@@ -89,13 +92,25 @@ def axes(value: Any, *, caller: str) -> tuple[int, ...]:
             "under optax.inject_hyperparams pass static_args='axis'."
         )
     try:
-        if isinstance(value, (bool, np.bool_)):
+        axes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(a, (bool, np.bool_)) for a in axes):
             raise TypeError
-        return tuple(operator.index(a) for a in (value if isinstance(value, (tuple, list)) else (value,)))
+        return tuple(operator.index(a) for a in axes)
     except TypeError:
         raise TypeError(
             f"{caller}: axis must be None, an int, a tuple of ints, or a rule(path, leaf) that returns one of these, "
             f"got {_show(value)}."
+        ) from None
+
+
+def labels(tree: Any, *, caller: str) -> set:
+    """The labels in a tree of them."""
+    try:
+        return set(jax.tree.leaves(tree))
+    except TypeError:
+        raise TypeError(
+            f"{caller}: labels must be a tree of hashable labels, got {_show(tree)}. Use strings, and None for leaves "
+            "to leave alone."
         ) from None
 
 
@@ -112,15 +127,24 @@ def params_given(params: Any, *, caller: str) -> None:
         )
 
 
-def same_structure(updates: Any, params: Any, *, caller: str) -> list:
-    """The leaves of `params` that stand where those of `updates` do."""
+def params_like(updates: Any, params: Any, *, caller: str) -> list:
+    """The parameters that belong to the leaves of the updates, in their order; where updates are None, any will do."""
+    pairs = []
     try:
-        return jax.tree.structure(updates).flatten_up_to(params)
+        jax.tree.map(lambda u, p: pairs.append((u, p)), updates, params, is_leaf=lambda x: x is None)
     except ValueError as error:
         raise ValueError(
             f"{caller}: params must have the structure of the updates. {error}. "
             "Pass the parameters that the updates belong to."
         ) from None
+    pairs = [(u, p) for u, p in pairs if u is not None]
+    for u, p in pairs:
+        if not is_leaf(p) or (hasattr(u, "shape") and jnp.shape(u) != getattr(p, "shape", ())):
+            raise ValueError(
+                f"{caller}: params must have the shapes of the updates, got {_show(jax.tree.map(jnp.shape, p))} where "
+                f"the updates have {jnp.shape(u)}. Pass the parameters that the updates belong to."
+            )
+    return [p for _, p in pairs]
 
 
 def _show(value: object) -> str:

@@ -61,23 +61,28 @@ def clip_by_norm(
       >>> print(updates["w"], state.norm)
       [0.75] 3.0
     """
-    _checks.function(
-        norm, caller="clip_by_norm", name="norm", example="global_norm, or functools.partial(unit_norm, axis=0)"
-    )
+    return norm_clip(norm, threshold, response, caller="clip_by_norm", name="threshold")
+
+
+def norm_clip(
+    norm: Callable[[Any], Any], threshold: Any, response: Callable | None, *, caller: str, name: str
+) -> optax.GradientTransformationExtraArgs:
+    """`clip_by_norm` with the names that the user knows: of the clip and of the argument that is the threshold."""
+    _checks.function(norm, caller=caller, name="norm", example="functools.partial(unit_norm, axis=0)")
     if response is not None:
-        _checks.function(response, caller="clip_by_norm", name="response", example="smooth")
+        _checks.function(response, caller=caller, name="response", example="smooth")
     respond = shrink if response is None else response
-    rules = as_thresholds(threshold, caller="clip_by_norm", name="threshold")
+    rules = as_thresholds(threshold, caller=caller, name=name)
 
     def init_fn(params):
-        blocks = _Blocks(norm(params), params, rules)
+        blocks = _Blocks(norm(params), params, rules, caller, name)
         zeros = [jnp.zeros([], jnp.float32) for _ in range(3)]
         rule = blocks.merge([rule.init(norms) for rule, norms in blocks.by_rule()])
         return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        blocks = _Blocks(norm(updates), updates, rules)
+        blocks = _Blocks(norm(updates), updates, rules, caller, name)
         thresholds, rule = blocks.thresholds(state.rule, params)
         scales = [_scale(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
         leaves, treedef = jax.tree.flatten(updates)
@@ -96,35 +101,31 @@ class _Blocks:
     norms: tuple[jax.Array, ...]
     of_leaf: list[int | None]
 
-    def __init__(self, norm_tree: Any, updates: Any, rules: Any):
-        self.updates = updates
+    def __init__(self, norm_tree: Any, updates: Any, rules: Any, caller: str, name: str):
+        self.updates, self.caller = updates, caller
         self.single = isinstance(rules, Threshold)
         self.rules = list({id(rule): rule for rule in jax.tree.leaves(rules, is_leaf=is_threshold)}.values())
-        by_leaf = [
-            norm if is_counted(leaf) else None
-            for norm, leaf in zip(
-                broadcast(norm_tree, updates, caller="clip_by_norm", name="norm"), jax.tree.leaves(updates)
-            )
-        ]
+        norms = broadcast(norm_tree, updates, caller=caller, name="the result of norm")
+        by_leaf = [norm if is_counted(leaf) else None for norm, leaf in zip(norms, jax.tree.leaves(updates))]
         # A norm that is one array for the whole tree is a block even where the tree is empty.
         whole = [norm_tree] if _checks.is_leaf(norm_tree) and norm_tree is not None else []
         distinct = {id(norm): norm for norm in [*whole, *by_leaf] if norm is not None}
         place = {key: i for i, key in enumerate(distinct)}
-        self.norms = tuple(distinct.values())
+        self.norms = tuple(jnp.asarray(norm) for norm in distinct.values())
         self.of_leaf = [None if norm is None else place[id(norm)] for norm in by_leaf]
-        self.rule_of = self._rules_of_blocks(rules)
+        self.rule_of = self._rules_of_blocks(rules, name)
 
-    def _rules_of_blocks(self, rules: Any) -> list[int]:
+    def _rules_of_blocks(self, rules: Any, name: str) -> list[int]:
         if self.single or not jax.tree.leaves(self.updates):
             return [0] * len(self.norms)
         number = {id(rule): r for r, rule in enumerate(self.rules)}
         numbered = jax.tree.map(lambda rule: number[id(rule)], rules, is_leaf=is_threshold)
         rule_of: list[int] = [-1] * len(self.norms)
-        for b, r in zip(self.of_leaf, broadcast(numbered, self.updates, caller="clip_by_norm", name="threshold")):
+        for b, r in zip(self.of_leaf, broadcast(numbered, self.updates, caller=self.caller, name=name)):
             if b is not None and rule_of[b] not in (-1, r):
                 raise ValueError(
-                    "clip_by_norm: leaves that share a norm have different thresholds. A block has one threshold. "
-                    "Use leaf_norm or unit_norm, or group the leaves by threshold with clip_by_group_norm."
+                    f"{self.caller}: leaves that share a norm have different values of {name}. They are one block, "
+                    "which has one threshold. Use clip_by_leaf_norm, or group leaves by threshold with clip_by_group_norm."
                 )
             if b is not None:
                 rule_of[b] = r
@@ -145,37 +146,38 @@ class _Blocks:
 
     def thresholds(self, state: Any, params: Any) -> tuple[list[jax.Array], Any]:
         states = [state] if self.single else state if self.rules else ()
-        params = None if params is None else _checks.same_structure(self.updates, params, caller="clip_by_norm")
         out: list = [None] * len(self.norms)
         new_states = []
         for r, ((rule, norms), old) in enumerate(zip(self.by_rule(), states)):
             own = [b for b, owner in enumerate(self.rule_of) if owner == r]
-            values, new = rule.update(norms, old, None if params is None else self._params_of(params, own))
+            values, new = rule.update(norms, old, self._params_of(params, set(own)) if rule.needs_params else None)
             new_states.append(new)
             for b, value in zip(own, values):
                 out[b] = jnp.maximum(value, 0.0)  # keeps NaN
         return out, self.merge(new_states)
 
-    def _params_of(self, params: list, blocks: list[int]) -> Any:
+    def _params_of(self, params: Any, blocks: set[int]) -> Any:
         """The tree of parameters with None for leaves of other blocks."""
-        keep = set(blocks)
-        treedef = jax.tree.structure(self.updates)
-        return treedef.unflatten([p if b in keep else None for p, b in zip(params, self.of_leaf)])
+        _checks.params_given(params, caller=self.caller)
+        leaves = _checks.params_like(self.updates, params, caller=self.caller)
+        kept = [p if b in blocks else None for p, b in zip(leaves, self.of_leaf)]
+        return jax.tree.structure(self.updates).unflatten(kept)
 
 
 def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array]:
-    """The factor of a block as two whose product it is, since by itself it may be too small for f32."""
+    """The factor of a block as two whose product it is, since by itself it may leave the range of f32."""
     off = threshold == jnp.inf
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
     n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
-    # A factor below the smallest normal f32 would be flushed to 0: there, the norm is measured in units of 2^96.
-    far = (respond(n, t) < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24)
-    unit = jnp.where(far, 2.0**-96, 1.0).astype(norm.dtype)
+    # A factor below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
+    # measured in units of 2^96 or 2^-96.
+    factor = respond(n, t)
+    far = (factor < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24)
+    near = (factor > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
+    unit = jnp.where(far, 2.0**-96, jnp.where(near, 2.0**96, 1.0)).astype(norm.dtype)
     idle = jnp.where((norm == 0) & (threshold == 0), 0.0, jnp.where(valid | off, 1.0, jnp.nan))
     scale = jnp.where(live, respond(n * unit, t), idle).astype(norm.dtype)
-    if norm.ndim == 0:
-        return scale, unit
     # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
     # every entry. The divisor is 1, since norms are not negative, but it does not know that.
     one = jnp.where(norm < 0, 2.0, 1.0).astype(norm.dtype)

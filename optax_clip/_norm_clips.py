@@ -8,10 +8,10 @@ import jax
 import optax
 
 from optax_clip import _checks
-from optax_clip._clip_by_norm import clip_by_norm
+from optax_clip._clip_by_norm import norm_clip
 from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
 from optax_clip._responses import normalize
-from optax_clip._thresholds import as_threshold, as_thresholds, between
+from optax_clip._thresholds import as_threshold, between
 
 
 def clip_by_global_norm(
@@ -52,9 +52,9 @@ def clip_by_global_norm(
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, 2012, arXiv 1211.5063.
       Numbers are those of `optax.clip_by_global_norm`; PyTorch's `clip_grad_norm_` adds 1e-6 to the norm it divides by.
     """
-    rule = as_threshold(max_norm, caller="clip_by_global_norm", name="max_norm")
-    norm = _with_ord(global_norm, ord, axis_name, caller="clip_by_global_norm")
-    return clip_by_norm(norm, rule, response)
+    caller = "clip_by_global_norm"
+    rule = as_threshold(max_norm, caller=caller, name="max_norm")
+    return norm_clip(_with_ord(global_norm, ord, axis_name, caller), rule, response, caller=caller, name="max_norm")
 
 
 def clip_by_leaf_norm(
@@ -93,9 +93,8 @@ def clip_by_leaf_norm(
     References:
       `clipnorm` of Keras optimizers and `tf.clip_by_norm`.
     """
-    rules = as_thresholds(max_norm, caller="clip_by_leaf_norm", name="max_norm")
-    norm = _with_ord(leaf_norm, ord, axis_name, caller="clip_by_leaf_norm")
-    return clip_by_norm(norm, rules, response)
+    caller = "clip_by_leaf_norm"
+    return norm_clip(_with_ord(leaf_norm, ord, axis_name, caller), max_norm, response, caller=caller, name="max_norm")
 
 
 def clip_by_unit_norm(
@@ -142,10 +141,9 @@ def clip_by_unit_norm(
     References:
       Units as in Brock, De, Smith, Simonyan, 2021, arXiv 2102.06171.
     """
-    rules = as_thresholds(max_norm, caller="clip_by_unit_norm", name="max_norm")
-    axis = _checks.axis(axis, caller="clip_by_unit_norm")
-    norm = _with_ord(unit_norm, ord, axis_name, caller="clip_by_unit_norm", axis=axis)
-    return clip_by_norm(norm, rules, response)
+    caller = "clip_by_unit_norm"
+    norm = functools.partial(_with_ord(unit_norm, ord, axis_name, caller), axis=_checks.axis(axis, caller=caller))
+    return norm_clip(norm, max_norm, response, caller=caller, name="max_norm")
 
 
 def clip_by_block_rms(
@@ -184,9 +182,9 @@ def clip_by_block_rms(
       Shazeer, Stern, Adafactor, 2018, arXiv 1804.04235, where it clips the update and the threshold is 1. Numbers are
       those of `optax.clip_by_block_rms`.
     """
-    rules = as_thresholds(threshold, caller="clip_by_block_rms", name="threshold")
-    axis = _checks.axis(axis, caller="clip_by_block_rms")
-    return clip_by_norm(functools.partial(block_rms, axis=axis, axis_name=axis_name), rules, response)
+    caller = "clip_by_block_rms"
+    norm = functools.partial(block_rms, axis=_checks.axis(axis, caller=caller), axis_name=axis_name)
+    return norm_clip(norm, threshold, response, caller=caller, name="threshold")
 
 
 def clip_by_group_norm(
@@ -240,17 +238,18 @@ def clip_by_group_norm(
     rules = {
         label: as_threshold(value, caller=caller, name=f"max_norms[{label!r}]") for label, value in max_norms.items()
     }
-    norm = _with_ord(group_norm, ord, axis_name, caller=caller)
+    norm = _with_ord(group_norm, ord, axis_name, caller)
 
     def clip_of(updates):
         tree = labels(updates) if _checks.is_function(labels) else labels
-        missing = set(jax.tree.leaves(tree)) - set(rules)
+        missing = _checks.labels(tree, caller=caller) - set(rules)
         if missing:
             raise ValueError(
                 f"{caller}: labels {sorted(map(repr, missing))} have no threshold in max_norms, which has "
                 f"{sorted(map(repr, rules))}. Add them; None leaves a group alone."
             )
-        return clip_by_norm(norm(tree), jax.tree.map(lambda label: rules[label], tree), response)
+        thresholds = jax.tree.map(lambda label: rules[label], tree)
+        return norm_clip(norm(tree), thresholds, response, caller=caller, name="labels")
 
     if not _checks.is_function(labels):
         clip_of({})
@@ -306,11 +305,12 @@ def clip_by_norm_range(
     low = as_threshold(0.0 if min_norm is None else min_norm, caller=caller, name="min_norm")
     high = as_threshold(max_norm, caller=caller, name="max_norm")
     _checks.ordered(min_norm, max_norm, caller=caller, low="min_norm", high="max_norm")
-    return clip_by_norm(global_norm if norm is None else norm, between(low, high), normalize)
+    norm = global_norm if norm is None else norm
+    return norm_clip(norm, between(low, high), normalize, caller=caller, name="max_norm")
 
 
-def _with_ord(norm: Callable, ord: float | None, axis_name: Any, *, caller: str, **kwargs: Any) -> Callable:
+def _with_ord(norm: Callable, ord: float | None, axis_name: Any, caller: str) -> Callable:
     """The norm with its options, `ord` checked under the name of the clip that the user called."""
     if ord is not None:
         ord = _checks.static_number(ord, caller=caller, name="ord", low=1.0)
-    return functools.partial(norm, ord=ord, axis_name=axis_name, **kwargs)
+    return functools.partial(norm, ord=ord, axis_name=axis_name)

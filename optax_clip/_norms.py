@@ -151,9 +151,13 @@ def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) 
       5.0 5.0 None
     """
 
+    if ord is not None:
+        ord = _checks.static_number(ord, caller="group_norm", name="ord", low=1.0)
+
     def norm(updates):
         leaves = parts(updates, axis_name, caller="group_norm")
         tree = labels(updates) if _checks.is_function(labels) else labels
+        _checks.labels(tree, caller="group_norm")
         by_leaf = [
             None if part is None else label
             for part, label in zip(leaves, broadcast(tree, updates, caller="group_norm", name="labels"))

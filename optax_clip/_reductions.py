@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from optax_clip._blocks import Mesh, varying
 
-_LARGE, _SMALL = 2.0**-66, 2.0**80  # scales at which the squares of large and of small numbers are normal numbers
+_LARGE, _SMALL = 2.0**-66, 2.0**62  # scales at which the squares of large and of small numbers are normal numbers
 _LOWEST = 2.0**-70  # a sum of squares below may have lost addends
 _MERGED = 16
 
@@ -33,6 +33,8 @@ def l2_norms(values: list, *, layout: tuple) -> list[jax.Array]:
     new_scales = [jnp.where(s > 1, _LARGE, _SMALL).astype(s.dtype) for s in sums]
 
     def measure_again(values, scales, norms, unsafe):
+        # The barrier keeps XLA from multiplying the scales first where it knows the values: 2^-66 squared is 0.
+        values, scales = jax.lax.optimization_barrier((values, scales))
         sums = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
         return [jnp.where(u, root(s, k), n) for u, s, k, n in zip(unsafe, sums, scales, norms)]
 
@@ -82,12 +84,17 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
     """Norms of order 1 and inf in one read; others in two, relative to the largest entry, so no power overflows."""
     if ord == 1:
         return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x), axes))
-    peaks = _reduce(
-        values, layout, lambda i, x, axes: _over(jnp.max, _magnitude(x), axes, initial=0.0), jnp.maximum, _pmax
-    )
+
+    def peak(i, x, axes):
+        size = _magnitude(x)
+        # Maxima over devices may lose a NaN; inf is as loud.
+        return _over(jnp.max, jnp.where(jnp.isnan(size), jnp.inf, size), axes, initial=0.0)
+
+    peaks = _reduce(values, layout, peak, jnp.maximum, _pmax)
     if ord == math.inf:
         return peaks
-    units = [jax.lax.stop_gradient(jnp.where(peak == 0, 1.0, peak)) for peak in peaks]  # the norm does not depend on it
+    # The norm does not depend on the unit.
+    units = [jax.lax.stop_gradient(jnp.where((peak == 0) | jnp.isinf(peak), 1.0, peak)) for peak in peaks]
     sums = _reduce(
         values,
         layout,
@@ -111,8 +118,8 @@ def _at_least_f32(x: jax.Array) -> jax.Array:
 def _pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:
     """`lax.pmax`, with the derivative that it lacks: the mean of those of the entries that attain the maximum."""
     peaks = jax.lax.pmax(jax.lax.stop_gradient(arrays), names)
-    held = [(a == peak).astype(a.dtype) for a, peak in zip(arrays, peaks)]
-    moves = [h * (a - jax.lax.stop_gradient(a)) for h, a in zip(held, arrays)]
+    held = [((a == peak) & jnp.isfinite(a)).astype(a.dtype) for a, peak in zip(arrays, peaks)]
+    moves = [jnp.where(h == 1, a - jax.lax.stop_gradient(a), 0.0) for h, a in zip(held, arrays)]
     moves, counts = jax.lax.psum((moves, held), names)
     return [peak + move / jnp.maximum(count, 1) for peak, move, count in zip(peaks, moves, counts)]
 

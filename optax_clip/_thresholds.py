@@ -1,10 +1,12 @@
 """What a norm is compared with: the only part of a clip that keeps a state."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_clip import _checks
@@ -15,8 +17,8 @@ class Threshold(NamedTuple):
 
     `init(norms) -> state` sees the norms of the parameters' blocks, for their shapes, dtypes and shardings.
     `update(norms, state, params) -> (thresholds, state)` returns one threshold a block, of its norm's dtype, a scalar
-    or of its norm's shape. `params` is the tree of parameters, or None where the caller gave none. States hold arrays
-    only and keep structure and dtypes.
+    or of its norm's shape. States hold arrays only and keep structure and dtypes. With `needs_params`, `params` is the
+    tree of the parameters of these blocks, and the clip raises where its caller gives none; without, it is None.
 
     A threshold below 0 acts as 0; inf leaves the block alone; NaN makes it NaN.
 
@@ -31,6 +33,7 @@ class Threshold(NamedTuple):
 
     init: Callable[[tuple], Any]
     update: Callable[[tuple, Any, Any], tuple[tuple, Any]]
+    needs_params: bool = False
 
 
 def constant(value: Any) -> Threshold:
@@ -38,11 +41,21 @@ def constant(value: Any) -> Threshold:
 
     def update(norms, state, params):
         del params
-        # One array for all blocks of a dtype: whoever averages them sees that they are the same.
-        by_dtype = {norm.dtype: jnp.asarray(value).astype(norm.dtype) for norm in norms}
+        # One array for all blocks of a dtype.
+        by_dtype = {dtype: cast(value, dtype) for dtype in {norm.dtype for norm in norms}}
         return tuple(by_dtype[norm.dtype] for norm in norms), state
 
     return Threshold(init=lambda norms: (), update=update)
+
+
+def cast(value: Any, dtype: Any) -> jax.Array:
+    """A scalar in a floating dtype, in which finite Python numbers stay finite."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return jnp.asarray(value).astype(dtype)
+    known = _checks.concrete(value)
+    largest = float(jnp.finfo(dtype).max)
+    assert known is not None
+    return jnp.asarray(known if math.isinf(known) else min(max(known, -largest), largest), dtype)
 
 
 def scheduled(schedule: optax.Schedule) -> Threshold:
@@ -67,15 +80,26 @@ def scheduled(schedule: optax.Schedule) -> Threshold:
       [1.]
     """
     _checks.function(schedule, caller="scheduled", name="schedule", example="optax.linear_schedule(10.0, 1.0, 1000)")
+    return _scheduled(schedule, "scheduled: schedule")
 
+
+def _scheduled(schedule: Callable, argument: str) -> Threshold:
     def update(norms, state, params):
-        value = schedule(state)
-        if jnp.shape(value) != ():
-            raise ValueError(f"scheduled: schedule must return a scalar, got an array of shape {jnp.shape(value)}.")
+        value = schedule_value(schedule, state, argument)
         thresholds, _ = constant(value).update(norms, (), params)
-        return thresholds, optax.safe_increment(state)
+        return thresholds, jnp.asarray(optax.safe_increment(state))
 
     return Threshold(init=lambda norms: jnp.zeros([], jnp.int32), update=update)
+
+
+def schedule_value(schedule: Callable, step: jax.Array, argument: str) -> Any:
+    value = schedule(step)
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{argument} must return a scalar, got an array of shape {jnp.shape(value)} from the schedule. "
+            "Reduce it in the schedule."
+        )
+    return value
 
 
 def param_fraction(
@@ -109,10 +133,9 @@ def param_fraction(
     """
     share = as_threshold(fraction, caller=caller, name="fraction")
     _checks.function(norm, caller=caller, name="norm", example="unit_norm")
-    _checks.scalar(eps, caller=caller, name="eps", low=0.0)
+    _checks.scalar(eps, caller=caller, name="eps", low=0.0, kinds="a number or a scalar array")
 
     def update(norms, state, params):
-        _checks.params_given(params, caller=caller)
         fractions, state = share.update(norms, state, params)
         sizes = list({id(size): size for size in jax.tree.leaves(norm(params))}.values())
         if [jnp.shape(n) for n in norms] != [jnp.shape(n) for n in sizes]:
@@ -124,11 +147,11 @@ def param_fraction(
             )
         return tuple(_share(f, size, eps) for f, size in zip(fractions, sizes)), state
 
-    return Threshold(init=share.init, update=update)
+    return Threshold(init=share.init, update=update, needs_params=True)
 
 
 def _share(fraction: jax.Array, size: jax.Array, eps: Any) -> jax.Array:
-    bound = fraction * jnp.maximum(size, jnp.asarray(eps).astype(size.dtype)).astype(fraction.dtype)
+    bound = fraction * jnp.maximum(size, cast(eps, size.dtype)).astype(fraction.dtype)
     return jnp.where(fraction == jnp.inf, jnp.inf, bound)  # not inf * 0
 
 
@@ -138,9 +161,19 @@ def between(low: Threshold, high: Threshold) -> Threshold:
     def update(norms, state, params):
         lows, state_low = low.update(norms, state[0], params)
         highs, state_high = high.update(norms, state[1], params)
-        return tuple(jnp.minimum(jnp.maximum(n, a), b) for n, a, b in zip(norms, lows, highs)), (state_low, state_high)
+        return tuple(_between(n, a, b) for n, a, b in zip(norms, lows, highs)), (state_low, state_high)
 
-    return Threshold(init=lambda norms: (low.init(norms), high.init(norms)), update=update)
+    return Threshold(
+        init=lambda norms: (low.init(norms), high.init(norms)),
+        update=update,
+        needs_params=low.needs_params or high.needs_params,
+    )
+
+
+def _between(norm: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    target = jnp.minimum(jnp.maximum(norm, low), high)
+    endless = jnp.where(low <= 0, jnp.inf, jnp.where(jnp.isfinite(norm), target, jnp.nan))
+    return jnp.where(high == jnp.inf, endless, target)
 
 
 def as_threshold(value: Any, *, caller: str, name: str) -> Threshold:
@@ -148,10 +181,17 @@ def as_threshold(value: Any, *, caller: str, name: str) -> Threshold:
     if isinstance(value, Threshold):
         return value
     if value is None:
-        return constant(jnp.inf)
-    if _checks.is_function(value):
-        return scheduled(value)
-    _checks.scalar(value, caller=caller, name=name, low=0.0, why=" A negative bound would flip the sign of the update.")
+        return constant(math.inf)
+    if callable(value) and _checks.is_leaf(value):
+        return _scheduled(value, f"{caller}: {name}")
+    _checks.scalar(
+        value,
+        caller=caller,
+        name=name,
+        low=0.0,
+        why=" A negative bound would flip the sign of the update.",
+        kinds="a number, a scalar array, a schedule, a Threshold, or None",
+    )
     return constant(value)
 
 

@@ -1,5 +1,6 @@
 """Clips of single entries. They measure nothing, which would cost another read."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._blocks import broadcast, is_counted
+from optax_clip._thresholds import cast, is_threshold, schedule_value
 
 
 class ValueClipState(NamedTuple):
@@ -46,11 +48,14 @@ def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
       Mikolov, Statistical language models based on neural networks, 2012. Numbers are those of `optax.clip`; PyTorch's
       `clip_grad_value_`.
     """
-    _check_bounds(max_delta, caller="clip", name="max_delta", low=0.0, why=_NO_FLIP)
+    _check_bounds(max_delta, caller="clip", name="max_delta", low=0.0)
 
     def bounds(step, updates):
         deltas = broadcast(max_delta, updates, caller="clip", name="max_delta")
-        return [(None if d is None else -d, d) for d in (_at(step, delta, low=0.0) for delta in deltas)]
+        deltas = [_at(step, delta, "clip: max_delta") for delta in deltas]
+        # A traced bound may be negative.
+        deltas = [jnp.maximum(d, 0.0).astype(d.dtype) if hasattr(d, "dtype") else d for d in deltas]  # keeps NaN
+        return [(None, None) if d is None else (-d, d) for d in deltas]
 
     return _entrywise(bounds)
 
@@ -93,29 +98,32 @@ def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.Gradien
     def bounds(step, updates):
         lows = broadcast(min_value, updates, caller="clip_by_value", name="min_value")
         highs = broadcast(max_value, updates, caller="clip_by_value", name="max_value")
-        return [(_at(step, low), _at(step, high)) for low, high in zip(lows, highs)]
+        for low, high in zip(lows, highs):
+            _checks.ordered(low, high, caller="clip_by_value", low="min_value", high="max_value")
+        return [
+            (_at(step, low, "clip_by_value: min_value"), _at(step, high, "clip_by_value: max_value"))
+            for low, high in zip(lows, highs)
+        ]
 
     return _entrywise(bounds)
 
 
-_NO_FLIP = " A negative bound would flip the sign of the update."
-
-
-def _check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None, why: str = "") -> None:
-    for value in jax.tree.leaves(tree):
+def _check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None) -> None:
+    for value in jax.tree.leaves(tree, is_leaf=is_threshold):
+        if is_threshold(value):
+            raise TypeError(
+                f"{caller}: {name} must be a number, a scalar array, a schedule, or None, got a Threshold. "
+                "Rules compare norms, and entries have none: use clip_by_norm or another norm clip."
+            )
         if not _checks.is_function(value):
-            _checks.scalar(value, caller=caller, name=name, low=low, why=why)
+            _checks.scalar(
+                value, caller=caller, name=name, low=low, why=" A negative bound would flip the sign of the update."
+            )
 
 
-def _at(step: jax.Array, bound: Any, low: float | None = None) -> jax.Array | None:
-    """The bound at this step; not below `low`."""
-    if bound is None:
-        return None
-    value = jnp.asarray(bound(step) if callable(bound) else bound)
-    if value.shape != ():
-        raise ValueError(f"clip: a schedule must return a scalar, got an array of shape {value.shape}.")
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    return value if low is None else jnp.maximum(value, low)  # keeps NaN
+def _at(step: jax.Array, bound: Any, argument: str) -> Any:
+    """The bound at this step."""
+    return schedule_value(bound, step, argument) if callable(bound) else bound
 
 
 def _entrywise(bounds: Any) -> optax.GradientTransformationExtraArgs:
@@ -135,13 +143,12 @@ def _entrywise(bounds: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _clipped(x: jax.Array, low: jax.Array | None, high: jax.Array | None) -> jax.Array:
+def _clipped(x: jax.Array, low: Any, high: Any) -> jax.Array:
     if low is None and high is None:
         return x
     dtype = jnp.promote_types(x.real.dtype, jnp.float32)
-    high = (jnp.asarray(jnp.inf) if high is None else high).astype(dtype)
-    low = (jnp.asarray(-jnp.inf) if low is None else low).astype(dtype)
-    low = jnp.minimum(low, high)
+    high = cast(math.inf if high is None else high, dtype)
+    low = jnp.minimum(cast(-math.inf if low is None else low, dtype), high)  # keeps NaN
     within = _within_disc if jnp.iscomplexobj(x) else _within_interval
     return jnp.where(jnp.isnan(low), jnp.asarray(jnp.nan, x.dtype), within(x, low, high))
 
@@ -161,12 +168,13 @@ def _cast(bound: jax.Array, dtype: Any) -> jax.Array:
 def _within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     radius = jnp.maximum(jnp.minimum(high, -low), 0.0)
     endless = jnp.isinf(x.real) | jnp.isinf(x.imag)
-    # The direction of an infinite entry is that of its infinite parts.
-    x_finite = jnp.where(endless, jax.lax.complex(_sign_if_inf(x.real), _sign_if_inf(x.imag)), x)
-    magnitude = jnp.abs(x_finite)
-    outside = (magnitude > radius) | (endless & (radius < jnp.inf))
-    scale = radius / jnp.where(outside, magnitude, 1.0)
-    return jnp.where(outside, jax.lax.complex(x_finite.real * scale, x_finite.imag * scale), x)
+    outside = (jnp.abs(x) > radius) | (endless & (radius < jnp.inf))
+    # The direction, from parts small enough for their magnitude to be finite; of an infinite entry, that of its
+    # infinite parts.
+    unit = jnp.where(jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) > 1, 0.25, 1.0).astype(radius.dtype)
+    real, imag = (jnp.where(endless, _sign_if_inf(part), part * unit) for part in (x.real, x.imag))
+    magnitude = jnp.abs(jax.lax.complex(jnp.where(outside, real, 1.0), jnp.where(outside, imag, 0.0)))
+    return jnp.where(outside, jax.lax.complex(real / magnitude * radius, imag / magnitude * radius), x)
 
 
 def _sign_if_inf(x: jax.Array) -> jax.Array:
