@@ -18,6 +18,11 @@ def is_counted(leaf: object) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
 
 
+def wide(x: jax.Array) -> Any:
+    """The real dtype to compute in: f64 for f64 and complex128, else f32."""
+    return jnp.float64 if x.real.dtype == jnp.float64 else jnp.float32
+
+
 def broadcast(prefix: Any, tree: Any, *, caller: str, name: str, is_leaf: Callable[[Any], bool] | None = None) -> list:
     """The entry of `prefix` for each leaf of `tree`, in order. None in `prefix` is an entry."""
     entries = []

@@ -13,7 +13,8 @@ from jax.core import Tracer
 
 def is_leaf(value: object) -> bool:
     """True for a value that is one pytree leaf, so that a callable module (a tree) is not taken for a function."""
-    return jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    leaves = jax.tree.leaves(value)
+    return len(leaves) == 1 and leaves[0] is value
 
 
 def is_function(value: object) -> bool:
@@ -59,10 +60,7 @@ def concrete(value: Any) -> float | None:
         return None
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         return None
-    try:
-        return float(value)
-    except OverflowError:  # an int beyond the largest float
-        return math.copysign(float(np.finfo(float).max), value)
+    return float(value)
 
 
 def static_number(value: Any, *, caller: str, name: str, low: float) -> float:

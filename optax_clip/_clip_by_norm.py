@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
-from optax_clip._blocks import broadcast, is_counted, varying
+from optax_clip._blocks import broadcast, is_counted, varying, wide
 from optax_clip._reductions import fold, root
 from optax_clip._responses import shrink
 from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
@@ -125,7 +125,7 @@ class _Blocks:
             if b is not None and rule_of[b] not in (-1, r):
                 raise ValueError(
                     f"{self.caller}: leaves that share a norm have different values of {name}. They are one block, "
-                    "which has one threshold. Use clip_by_leaf_norm, or group leaves by threshold with clip_by_group_norm."
+                    "which has one threshold. Use clip_by_leaf_norm, or clip_by_group_norm with a label a threshold."
                 )
             if b is not None:
                 rule_of[b] = r
@@ -187,7 +187,7 @@ def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[ja
 def _scaled(leaf: Any, scale: jax.Array, unit: jax.Array) -> jax.Array:
     """leaf * unit * scale, multiplied in f32 or better and rounded once; the leaf itself where scale is 1."""
     x = jnp.asarray(leaf)
-    dtype = jnp.promote_types(x.real.dtype, jnp.float32)
+    dtype = wide(x)
     scale, unit = scale.astype(dtype), unit.astype(dtype)
     parts = [part.astype(dtype) * unit * scale for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
     # x * 1 would flush subnormal numbers on some processors.

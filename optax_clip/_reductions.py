@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clip._blocks import Mesh, varying
+from optax_clip._blocks import Mesh, varying, wide
 
 _LARGE, _SMALL = 2.0**-66, 2.0**62  # scales at which the squares of large and of small numbers are normal numbers
 _LOWEST = 2.0**-70  # a sum of squares below may have lost addends
@@ -112,7 +112,7 @@ def _over(reduction: Callable, x: jax.Array, axes: tuple[int, ...] | None, **kwa
 
 
 def _at_least_f32(x: jax.Array) -> jax.Array:
-    return x if jnp.iscomplexobj(x) else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if jnp.iscomplexobj(x) else x.astype(wide(x))
 
 
 def _pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:

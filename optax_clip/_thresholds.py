@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_clip import _checks
@@ -49,12 +48,10 @@ def constant(value: Any) -> Threshold:
 
 
 def cast(value: Any, dtype: Any) -> jax.Array:
-    """A scalar in a floating dtype, in which finite Python numbers stay finite."""
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-        return jnp.asarray(value).astype(dtype)
-    known = _checks.concrete(value)
-    largest = float(jnp.finfo(dtype).max)
-    assert known is not None
+    """A scalar in a floating dtype, in which finite Python and NumPy numbers stay finite."""
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    known, largest = float(value), float(jnp.finfo(dtype).max)
     return jnp.asarray(known if math.isinf(known) else min(max(known, -largest), largest), dtype)
 
 

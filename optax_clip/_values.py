@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
-from optax_clip._blocks import broadcast, is_counted
+from optax_clip._blocks import broadcast, is_counted, wide
 from optax_clip._thresholds import cast, is_threshold, schedule_value
 
 
@@ -53,8 +53,8 @@ def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
     def bounds(step, updates):
         deltas = broadcast(max_delta, updates, caller="clip", name="max_delta")
         deltas = [_at(step, delta, "clip: max_delta") for delta in deltas]
-        # A traced bound may be negative.
-        deltas = [jnp.maximum(d, 0.0).astype(d.dtype) if hasattr(d, "dtype") else d for d in deltas]  # keeps NaN
+        # A traced bound may be negative; NaN stays.
+        deltas = [jnp.maximum(d, jnp.zeros_like(d)) if isinstance(d, jax.Array) else d for d in deltas]
         return [(None, None) if d is None else (-d, d) for d in deltas]
 
     return _entrywise(bounds)
@@ -146,11 +146,11 @@ def _entrywise(bounds: Any) -> optax.GradientTransformationExtraArgs:
 def _clipped(x: jax.Array, low: Any, high: Any) -> jax.Array:
     if low is None and high is None:
         return x
-    dtype = jnp.promote_types(x.real.dtype, jnp.float32)
+    dtype = wide(x)
     high = cast(math.inf if high is None else high, dtype)
     low = jnp.minimum(cast(-math.inf if low is None else low, dtype), high)  # keeps NaN
     within = _within_disc if jnp.iscomplexobj(x) else _within_interval
-    return jnp.where(jnp.isnan(low), jnp.asarray(jnp.nan, x.dtype), within(x, low, high))
+    return jnp.where(jnp.isnan(low), low.astype(x.dtype), within(x, low, high))
 
 
 def _within_interval(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def _within_interval(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array
 
 def _cast(bound: jax.Array, dtype: Any) -> jax.Array:
     """The bound in the leaf's dtype; a finite one stays finite."""
-    largest = jnp.finfo(dtype).max.astype(bound.dtype)
+    largest = float(jnp.finfo(dtype).max)
     return jnp.where(jnp.isinf(bound), bound, jnp.clip(bound, -largest, largest)).astype(dtype)
 
 
