@@ -1,7 +1,7 @@
 """The engine: measure each block, compare with a threshold, scale the block."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,24 +65,33 @@ def clip_by_norm(
 
 
 def norm_clip(
-    norm: Callable[[Any], Any], threshold: Any, response: Callable | None, *, caller: str, name: str
+    norm: Callable[[Any], Any],
+    threshold: Any,
+    response: Callable | None,
+    *,
+    caller: str,
+    name: str,
+    rules: Sequence[Threshold] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`clip_by_norm` with the names that the user knows: of the clip and of the argument that is the threshold."""
+    """`clip_by_norm` with the names that the user knows: of the clip and of the argument that is the threshold.
+
+    `rules` lists the rules of a tree of thresholds where the tree may lack some of them: each keeps its state.
+    """
     _checks.function(norm, caller=caller, name="norm", example="functools.partial(unit_norm, axis=0)")
     if response is not None:
         _checks.function(response, caller=caller, name="response", example="smooth")
     respond = shrink if response is None else response
-    rules = as_thresholds(threshold, caller=caller, name=name)
+    tree = as_thresholds(threshold, caller=caller, name=name)
 
     def init_fn(params):
-        blocks = _Blocks(norm(params), params, rules, caller, name)
+        blocks = _Blocks(norm(params), params, tree, rules, caller, name)
         zeros = [jnp.zeros([], jnp.float32) for _ in range(3)]
         rule = blocks.merge([rule.init(norms) for rule, norms in blocks.by_rule()])
         return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        blocks = _Blocks(norm(updates), updates, rules, caller, name)
+        blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         thresholds, rule = blocks.thresholds(state.rule, params)
         scales = [_scale(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
         leaves, treedef = jax.tree.flatten(updates)
@@ -101,10 +110,13 @@ class _Blocks:
     norms: tuple[jax.Array, ...]
     of_leaf: list[int | None]
 
-    def __init__(self, norm_tree: Any, updates: Any, rules: Any, caller: str, name: str):
+    def __init__(
+        self, norm_tree: Any, updates: Any, rule_tree: Any, rules: Sequence[Threshold] | None, caller: str, name: str
+    ):
         self.updates, self.caller = updates, caller
-        self.single = isinstance(rules, Threshold)
-        self.rules = list({id(rule): rule for rule in jax.tree.leaves(rules, is_leaf=is_threshold)}.values())
+        self.single = isinstance(rule_tree, Threshold)
+        rules = jax.tree.leaves(rule_tree, is_leaf=is_threshold) if rules is None else rules
+        self.rules = list({id(rule): rule for rule in rules}.values())
         norms = broadcast(norm_tree, updates, caller=caller, name="the result of norm")
         by_leaf = [norm if is_counted(leaf) else None for norm, leaf in zip(norms, jax.tree.leaves(updates))]
         # A norm that is one array for the whole tree is a block even where the tree is empty.
@@ -113,13 +125,13 @@ class _Blocks:
         place = {key: i for i, key in enumerate(distinct)}
         self.norms = tuple(jnp.asarray(norm) for norm in distinct.values())
         self.of_leaf = [None if norm is None else place[id(norm)] for norm in by_leaf]
-        self.rule_of = self._rules_of_blocks(rules, name)
+        self.rule_of = self._rules_of_blocks(rule_tree, name)
 
-    def _rules_of_blocks(self, rules: Any, name: str) -> list[int]:
+    def _rules_of_blocks(self, rule_tree: Any, name: str) -> list[int]:
         if self.single or not jax.tree.leaves(self.updates):
             return [0] * len(self.norms)
         number = {id(rule): r for r, rule in enumerate(self.rules)}
-        numbered = jax.tree.map(lambda rule: number[id(rule)], rules, is_leaf=is_threshold)
+        numbered = jax.tree.map(lambda rule: number[id(rule)], rule_tree, is_leaf=is_threshold)
         rule_of: list[int] = [-1] * len(self.norms)
         for b, r in zip(self.of_leaf, broadcast(numbered, self.updates, caller=self.caller, name=name)):
             if b is not None and rule_of[b] not in (-1, r):
@@ -139,13 +151,11 @@ class _Blocks:
         ]
 
     def merge(self, states: list) -> Any:
-        """The state of a single rule; for a tree of rules a tuple of theirs, or one array where the tree is empty."""
-        if not states:
-            return jnp.zeros([], jnp.float32)
+        """The state of a single rule; for a tree of rules a tuple of theirs."""
         return states[0] if self.single else tuple(states)
 
     def thresholds(self, state: Any, params: Any) -> tuple[list[jax.Array], Any]:
-        states = [state] if self.single else state if self.rules else ()
+        states = [state] if self.single else state
         out: list = [None] * len(self.norms)
         new_states = []
         for r, ((rule, norms), old) in enumerate(zip(self.by_rule(), states)):
@@ -173,7 +183,7 @@ def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[ja
     # A factor below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
     factor = respond(n, t)
-    far = (factor < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24)
+    far = (factor < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
     near = (factor > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
     unit = jnp.where(far, 2.0**-96, jnp.where(near, 2.0**96, 1.0)).astype(norm.dtype)
     idle = jnp.where((norm == 0) & (threshold == 0), 0.0, jnp.where(valid | off, 1.0, jnp.nan))
@@ -196,7 +206,7 @@ def _scaled(leaf: Any, scale: jax.Array, unit: jax.Array) -> jax.Array:
 
 def _summary(norms: tuple, thresholds: list, scales: list) -> list[jax.Array]:
     """Total norm, mean threshold, mean factor, share of blocks above their thresholds: f32[] each."""
-    if not norms:
+    if not any(n.size for n in norms):
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
     factors = [(scale * unit).astype(jnp.float32) for scale, unit in scales]

@@ -238,6 +238,7 @@ def clip_by_group_norm(
     rules = {
         label: as_threshold(value, caller=caller, name=f"max_norms[{label!r}]") for label, value in max_norms.items()
     }
+    idle = as_threshold(None, caller=caller, name="max_norms")
     norm = _with_ord(group_norm, ord, axis_name, caller)
 
     def clip_of(updates):
@@ -248,8 +249,9 @@ def clip_by_group_norm(
                 f"{caller}: labels {sorted(map(repr, missing))} have no threshold in max_norms, which has "
                 f"{sorted(map(repr, rules))}. Add them; None leaves a group alone."
             )
-        thresholds = jax.tree.map(lambda label: rules[label], tree)
-        return norm_clip(norm(tree), thresholds, response, caller=caller, name="labels")
+        thresholds = jax.tree.map(lambda label: rules.get(label, idle), tree, is_leaf=lambda label: label is None)
+        every = [*rules.values(), idle]
+        return norm_clip(norm(tree), thresholds, response, caller=caller, name="labels", rules=every)
 
     if not _checks.is_function(labels):
         clip_of({})

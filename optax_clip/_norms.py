@@ -123,10 +123,7 @@ def block_rms(updates: Any, *, axis: Any = None, axis_name: Any = None) -> Any:
       Shazeer, Stern, Adafactor, 2018, arXiv 1804.04235, section 6.
     """
     leaves = parts(updates, axis_name, caller="block_rms", axis=_checks.axis(axis, caller="block_rms"))
-    norms = _norms([[part] for part in leaves if part is not None], None, caller="block_rms")
-    sizes = (part.size for part in leaves if part is not None)
-    rms = iter([norm / max(size, 1) ** 0.5 for norm, size in zip(norms, sizes)])
-    return jax.tree.structure(updates).unflatten([None if part is None else next(rms) for part in leaves])
+    return _like(updates, leaves, None, caller="block_rms", mean=True)
 
 
 def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) -> Callable[[Any], Any]:
@@ -185,15 +182,18 @@ def _axes_by_rank(path, leaf) -> tuple[int, ...]:
     return (0,) if rank <= 3 else tuple(range(rank - 1))
 
 
-def _like(updates: Any, leaves: list[Part | None], ord: float | None, *, caller: str) -> Any:
-    norms = iter(_norms([[part] for part in leaves if part is not None], ord, caller=caller))
+def _like(updates: Any, leaves: list[Part | None], ord: float | None, *, caller: str, mean: bool = False) -> Any:
+    norms = iter(_norms([[part] for part in leaves if part is not None], ord, caller=caller, mean=mean))
     return jax.tree.structure(updates).unflatten([None if part is None else next(norms) for part in leaves])
 
 
-def _norms(blocks: Sequence[Sequence[Part]], ord: float | None, *, caller: str) -> list[jax.Array]:
+def _norms(blocks: Sequence[Sequence[Part]], ord: float | None, *, caller: str, mean: bool = False) -> list[jax.Array]:
     ord = 2.0 if ord is None else _checks.static_number(ord, caller=caller, name="ord", low=1.0)
     values = [[part.value for part in block] for block in blocks]
     layout = tuple(tuple((part.axes, part.mesh_axes) for part in block) for block in blocks)
     if not blocks:
         return []
-    return l2_norms(values, layout=layout) if ord == 2.0 else p_norms(values, layout=layout, ord=ord)
+    if ord != 2.0:
+        return p_norms(values, layout=layout, ord=ord)
+    counts = tuple(max(sum(part.size for part in block), 1) if mean else 1 for block in blocks)
+    return l2_norms(values, layout=layout, counts=counts)

@@ -19,9 +19,9 @@ _MERGED = 16
 
 
 # Compiled by themselves, so that calls outside of jit do not compile the conditional anew each time.
-@functools.partial(jax.jit, static_argnames="layout", inline=True)
-def l2_norms(values: list, *, layout: tuple) -> list[jax.Array]:
-    """Euclidean norms: one read of the values, and a second one only in steps where squares leave the range of f32."""
+@functools.partial(jax.jit, static_argnames=("layout", "counts"), inline=True)
+def l2_norms(values: list, *, layout: tuple, counts: tuple[int, ...]) -> list[jax.Array]:
+    """sqrt(Σ |x|² / count) of each block, in one read, or two in steps where squares leave the range of f32."""
     # XLA's CPU backend reads a plain sum of squares faster than a scaled one. Elsewhere a scale is free, and tells a
     # block of zeros from one whose squares vanish. The barrier keeps XLA from multiplying the scales first.
     scale = jax.lax.platform_dependent(
@@ -30,15 +30,16 @@ def l2_norms(values: list, *, layout: tuple) -> list[jax.Array]:
     scales = [scale] * len(values)
     sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, scales[i]))
     unsafe = [(s == jnp.inf) | ((s < _LOWEST) & ((s > 0) | (scale == 1))) for s in sums]
-    new_scales = [jnp.where(s > 1, _LARGE, _SMALL).astype(s.dtype) for s in sums]
+    large = [_LARGE * 2.0 ** -math.ceil(math.log2(count) / 2) for count in counts]
+    new_scales = [jnp.where(s > 1, k, _SMALL).astype(s.dtype) for s, k in zip(sums, large)]
 
     def measure_again(values, scales, norms, unsafe):
         # The barrier keeps XLA from multiplying the scales first where it knows the values: 2^-66 squared is 0.
         values, scales = jax.lax.optimization_barrier((values, scales))
         sums = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
-        return [jnp.where(u, root(s, k), n) for u, s, k, n in zip(unsafe, sums, scales, norms)]
+        return [jnp.where(u, root(s / n, k), old) for u, s, n, k, old in zip(unsafe, sums, counts, scales, norms)]
 
-    norms = [root(s, k) for s, k in zip(sums, scales)]
+    norms = [root(s / n, k) for s, n, k in zip(sums, counts, scales)]
     return jax.lax.cond(
         _anywhere(unsafe, layout), measure_again, lambda v, k, norms, u: norms, values, new_scales, norms, unsafe
     )

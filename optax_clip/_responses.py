@@ -52,8 +52,9 @@ def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
       Zhang, He, Sra, Jadbabaie, Why gradient clipping accelerates training, 2019, arXiv 1905.11881: clipped and
       normalized gradient descent agree up to a factor 2.
     """
-    # Not every accelerator divides a number by itself to exactly 1.
-    return jnp.where(norm == threshold, 1.0, threshold / norm)
+    # Not every accelerator divides a number by itself to exactly 1; the inner select keeps its derivative finite.
+    equal = norm == threshold
+    return jnp.where(equal, 1.0, threshold / jnp.where(equal, 1.0, norm))
 
 
 def smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:

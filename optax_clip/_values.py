@@ -53,9 +53,7 @@ def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
     def bounds(step, updates):
         deltas = broadcast(max_delta, updates, caller="clip", name="max_delta")
         deltas = [_at(step, delta, "clip: max_delta") for delta in deltas]
-        # A traced bound may be negative; NaN stays.
-        deltas = [jnp.maximum(d, jnp.zeros_like(d)) if isinstance(d, jax.Array) else d for d in deltas]
-        return [(None, None) if d is None else (-d, d) for d in deltas]
+        return [(None, None) if d is None else (-d, d) for d in map(_not_negative, deltas)]
 
     return _entrywise(bounds)
 
@@ -119,6 +117,11 @@ def _check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None
             _checks.scalar(
                 value, caller=caller, name=name, low=low, why=" A negative bound would flip the sign of the update."
             )
+
+
+def _not_negative(bound: Any) -> Any:
+    """Traced values and those of schedules may be negative; NaN stays."""
+    return jnp.maximum(bound, jnp.zeros_like(bound)) if isinstance(bound, jax.Array) else bound and max(bound, 0.0)
 
 
 def _at(step: jax.Array, bound: Any, argument: str) -> Any:
