@@ -76,16 +76,33 @@ def parts(updates: Any, axis_name: Any, *, caller: str, axis: Any = None) -> lis
     def part(path, leaf, given) -> Part | None:
         if not is_counted(leaf):
             return None
+        value = jnp.asarray(leaf)
+        where = f"leaf {jax.tree_util.keystr(path) or 'updates'}"
+        if axis is axes_by_rank:
+            mesh_axes = mesh.summed(value, given, where, unit=True)
+            return Part(value, axes_by_rank(value.shape, where, spread=bool(mesh_axes)), mesh_axes)
         axes: Any = axis(path, leaf) if callable(axis) else axis
         if units and axes is None:
             return None
-        value = jnp.asarray(leaf)
-        where = f"leaf {jax.tree_util.keystr(path) or 'updates'}"
         if units:
             axes = _in_range(_checks.axes(axes, caller=caller), value, where, caller)
         return Part(value, axes, mesh.summed(value, given, where, unit=units))
 
     return [part(path, leaf, given) for (path, leaf), given in zip(leaves, names)]
+
+
+def axes_by_rank(shape: tuple[int, ...], where: str, *, spread: bool) -> tuple[int, ...]:
+    """The axes of a unit of weights stored (..., inputs, outputs), the rule of `unit_norm`."""
+    rank = len(shape)
+    # A dimension of 1 may be longer on all devices together.
+    if rank <= 1 or (sum(n != 1 for n in shape) <= 1 and not spread):
+        return tuple(range(rank))
+    if rank > 5:
+        raise ValueError(
+            f"unit_norm: {where} of shape {shape} has {rank} dimensions, and which of them make up a unit is known up "
+            "to 5. Pass axis: an int, a tuple, or a rule(path, leaf)."
+        )
+    return (0,) if rank <= 3 else tuple(range(rank - 1))
 
 
 def _in_range(axes: tuple[int, ...], value: jax.Array, where: str, caller: str) -> tuple[int, ...]:

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_clip import _checks
-from optax_clip._blocks import Part, broadcast, parts
+from optax_clip._blocks import Part, axes_by_rank, broadcast, parts
 from optax_clip._reductions import l2_norms, p_norms
 
 
@@ -80,7 +79,8 @@ def unit_norm(updates: Any, *, ord: float | None = None, axis: Any = None, axis_
         each leaf, or None to leave the leaf alone.
       axis_name: inside `shard_map` or `pmap`, the mesh axes that the entries of *one unit* are spread over: a name, a
         tuple of names (`()` where every unit lies on one device), or a prefix tree of these. Required where a leaf
-        varies over a mesh axis: its type does not tell which dimension is spread.
+        varies over a mesh axis: its type does not tell which dimension is spread. Where there are names, a shard of
+        one row is taken for a piece of a matrix; for a vector stored as a matrix pass `axis` as well.
 
     Returns:
       The tree with f32 arrays (f64 for f64) of the leaf's rank, 1 along the reduced axes, and None for other leaves.
@@ -98,7 +98,7 @@ def unit_norm(updates: Any, *, ord: float | None = None, axis: Any = None, axis_
       arXiv 2102.06171; the axes by rank are those of `optax.adaptive_grad_clip`.
     """
     axis = _checks.axis(axis, caller="unit_norm")
-    leaves = parts(updates, axis_name, caller="unit_norm", axis=_axes_by_rank if axis is None else axis)
+    leaves = parts(updates, axis_name, caller="unit_norm", axis=axes_by_rank if axis is None else axis)
     return _like(updates, leaves, ord, caller="unit_norm")
 
 
@@ -167,19 +167,6 @@ def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) 
         return jax.tree.structure(updates).unflatten([norms.get(label) for label in by_leaf])
 
     return norm
-
-
-def _axes_by_rank(path, leaf) -> tuple[int, ...]:
-    shape = jnp.shape(leaf)
-    rank = len(shape)
-    if sum(n != 1 for n in shape) <= 1:
-        return tuple(range(rank))
-    if rank > 5:
-        raise ValueError(
-            f"unit_norm: leaf {jax.tree_util.keystr(path)} of shape {shape} has {rank} dimensions, and which of them "
-            "make up a unit is known up to 5. Pass axis: an int, a tuple, or a rule(path, leaf)."
-        )
-    return (0,) if rank <= 3 else tuple(range(rank - 1))
 
 
 def _like(updates: Any, leaves: list[Part | None], ord: float | None, *, caller: str, mean: bool = False) -> Any:

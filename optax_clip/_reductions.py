@@ -35,7 +35,7 @@ def l2_norms(values: list, *, layout: tuple, counts: tuple[int, ...]) -> list[ja
 
     def measure_again(values, scales, norms, unsafe):
         # The barrier keeps XLA from multiplying the scales first where it knows the values: 2^-66 squared is 0.
-        values, scales = jax.lax.optimization_barrier((values, scales))
+        values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
         sums = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
         return [jnp.where(u, root(s / n, k), old) for u, s, n, k, old in zip(unsafe, sums, counts, scales, norms)]
 
@@ -94,18 +94,22 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
     peaks = _reduce(values, layout, peak, jnp.maximum, _pmax)
     if ord == math.inf:
         return peaks
-    # The norm does not depend on the unit.
+    # The norm does not depend on the unit. Its reciprocal must be a normal number: XLA multiplies by that.
     units = [jax.lax.stop_gradient(jnp.where((peak == 0) | jnp.isinf(peak), 1.0, peak)) for peak in peaks]
-    sums = _reduce(
-        values,
-        layout,
-        lambda i, x, axes: _over(jnp.sum, (_magnitude(x) / units[i].astype(_magnitude(x).dtype)) ** ord, axes),
-    )
+    scales = [jnp.where(u > 2.0**50, 2.0**-100, jnp.where(u < 2.0**-50, 2.0**100, 1.0)).astype(u.dtype) for u in units]
+
+    def powers(i, x, axes):
+        size = _magnitude(x)
+        unit, scale = units[i].astype(size.dtype), scales[i].astype(size.dtype)
+        return _over(jnp.sum, (size * scale / (unit * scale)) ** ord, axes)
+
+    sums = _reduce(values, layout, powers)
     return [jnp.where(s == 0, 0.0, jnp.where(s == 0, 1.0, s) ** (1 / ord)) * unit for s, unit in zip(sums, units)]
 
 
 def _magnitude(x: jax.Array) -> jax.Array:
-    return jnp.abs(_at_least_f32(x))
+    x = _at_least_f32(x)
+    return jnp.where(x == 0, 0.0, jnp.abs(x))  # with the derivative 0 at 0
 
 
 def _over(reduction: Callable, x: jax.Array, axes: tuple[int, ...] | None, **kwargs) -> jax.Array:

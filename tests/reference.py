@@ -1,0 +1,113 @@
+"""Each fixed rule as its source states it, in plain float64 NumPy: what the clips are compared with.
+
+Trees are flat dicts of arrays. `c` is a threshold > 0, `n` a norm, `p` the order of a norm.
+"""
+
+import numpy as np
+
+
+def wide(x):
+    """The array with 64 bits for each real number."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+
+
+def flat(tree):
+    """All entries of a tree as one vector."""
+    return np.concatenate([np.ravel(wide(x)) for x in tree.values()])
+
+
+def p_norm(x, p=2, axes=None):
+    """(Σ |x|^p)^(1/p), or the largest |x|: of all entries, or along `axes`, which are kept with size 1."""
+    x, keep = np.abs(wide(x)), axes is not None
+    if p == np.inf:
+        return np.max(x, axis=axes, keepdims=keep, initial=0.0)
+    return np.sum(x**p, axis=axes, keepdims=keep) ** (1 / p)
+
+
+# Responses: the factor of a block with norm n > 0
+
+
+def shrink(n, c):
+    return np.minimum(1.0, c / n)
+
+
+def normalize(n, c):
+    return c / n
+
+
+def smooth(n, c):
+    return c / (c + n)
+
+
+def tanh(n, c):
+    return (c / n) * np.tanh(n / c)
+
+
+def scaled(x, n, c, response=shrink):
+    """g · response(n, c); zero stays zero."""
+    return wide(x) * np.where(n == 0, 1.0, response(np.where(n == 0, 1.0, n), c))
+
+
+# Rules
+
+
+def value(grads, low, high):
+    """min(max(g, low), high), entry by entry."""
+    return {name: np.minimum(np.maximum(wide(g), low), high) for name, g in grads.items()}
+
+
+def global_norm(grads, c, p=2, response=shrink):
+    """g · min(1, c/n), n over all entries of all leaves."""
+    n = p_norm(flat(grads), p)
+    return {name: scaled(g, n, c, response) for name, g in grads.items()}
+
+
+def leaf_norm(grads, c, p=2, response=shrink):
+    """g · min(1, c/n), n over the entries of each leaf."""
+    return {name: scaled(g, p_norm(g, p), c, response) for name, g in grads.items()}
+
+
+def axes_by_rank(shape):
+    """A unit is the whole leaf where it has rank <= 1, also after squeeze; else its axes go by rank."""
+    if len([size for size in shape if size != 1]) <= 1:
+        return tuple(range(len(shape)))
+    return {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}[len(shape)]
+
+
+def unit_norm(grads, c, p=2, axes=axes_by_rank, response=shrink):
+    """g · min(1, c/n), n over each unit; `axes` goes from the shape of a leaf to the axes of its units."""
+    return {name: scaled(g, p_norm(g, p, axes(np.shape(g))), c, response) for name, g in grads.items()}
+
+
+def rms(x, axes=None):
+    """sqrt(mean of |x|²), of all entries or along `axes`."""
+    return np.sqrt(np.mean(np.abs(wide(x)) ** 2, axis=axes, keepdims=axes is not None))
+
+
+def block_rms(grads, c, axes=lambda shape: None):
+    """g / max(1, rms(g)/c), leaf by leaf or unit by unit."""
+    return {name: wide(g) / np.maximum(1.0, rms(g, axes(np.shape(g))) / c) for name, g in grads.items()}
+
+
+def group_norm(grads, cs, labels, p=2):
+    """g · min(1, c/n), n over all leaves with the same label, c that of the label; no label, no change."""
+    groups = {label: {name: g for name, g in grads.items() if labels[name] == label} for label in cs}
+    clipped = [global_norm(group, cs[label], p) for label, group in groups.items() if group]
+    return {name: next((tree[name] for tree in clipped if name in tree), wide(g)) for name, g in grads.items()}
+
+
+def norm_range(grads, low, high):
+    """n > high: scaled to high; 0 < n < low: scaled up to low; zero stays zero."""
+    n = p_norm(flat(grads))
+    return {name: wide(g) if n == 0 else wide(g) / n * min(max(n, low), high) for name, g in grads.items()}
+
+
+def adaptive(grads, weights, clipping, eps=1e-3, axes=axes_by_rank):
+    """Unit i: where n_i > l · max(norm w_i, eps), g_i · l · max(norm w_i, eps) / max(n_i, 1e-6)."""
+    out = {}
+    for name, g in grads.items():
+        n, w = p_norm(g, 2, axes(np.shape(g))), p_norm(weights[name], 2, axes(np.shape(g)))
+        most = clipping * np.maximum(w, eps)
+        out[name] = wide(g) * np.where(n > most, most / np.maximum(n, 1e-6), 1.0)
+    return out
