@@ -136,7 +136,7 @@ class Mesh:
         if not (given is None or _is_names(given)):
             raise TypeError(
                 f"{self.caller}: axis_name must be a name, a tuple of names, None, or a prefix tree of these, "
-                f"got {given!r} for {where}."
+                f"got {given!r} for {where}. Pass names of axes of the mesh."
             )
         if given is None:
             if self.untyped:
@@ -154,7 +154,9 @@ class Mesh:
             given = ()
         unknown = [name for name in given if not _is_bound(name)]
         if unknown and self.manual:
-            raise ValueError(f"{self.caller}: axis_name has {unknown}, but the mesh axes here are {self.manual}.")
+            raise ValueError(
+                f"{self.caller}: axis_name has {unknown}, but the mesh axes here are {self.manual}. Pass some of these."
+            )
         if not unit:
             given = (*given, *varies)
         # A leaf that does not vary over an axis is whole on every device: counted once. Outside of a mesh all is whole.

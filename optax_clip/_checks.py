@@ -21,11 +21,13 @@ def is_function(value: object) -> bool:
     return callable(value) and is_leaf(value)
 
 
+_NOT_REAL = (bool, np.bool_, str, bytes, complex, np.complexfloating)
+
+
 def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why: str = "", kinds: str = "") -> None:
     """Raises unless `value` is a real scalar; where its value is known, also unless it is a number >= `low`."""
     kinds = kinds or "a number, a scalar array, a schedule, or None"
-    wrong = isinstance(value, (bool, np.bool_, str, bytes, complex, np.complexfloating))
-    if wrong or not hasattr(value, "__float__"):
+    if isinstance(value, _NOT_REAL) or not hasattr(value, "__float__"):
         raise TypeError(f"{caller}: {name} must be {kinds}, got {_show(value)}. Pass one of these.")
     shape, dtype = jnp.shape(value), getattr(value, "dtype", np.dtype(float))
     if shape != ():
@@ -41,7 +43,7 @@ def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why:
     if math.isnan(known):
         raise ValueError(f"{caller}: {name} must be a number, got {known}. Every update would become NaN.")
     if low is not None and known < low:
-        raise ValueError(f"{caller}: {name} must be >= {low:g}, got {known:g}.{why}")
+        raise ValueError(f"{caller}: {name} must be >= {low:g}, got {known:g}.{why or ' Pass a larger number.'}")
 
 
 def ordered(low_value: Any, high_value: Any, *, caller: str, low: str, high: str) -> None:
@@ -60,7 +62,10 @@ def concrete(value: Any) -> float | None:
         return None
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a threshold is an int too large for a float. Pass math.inf or None for no bound.") from None
 
 
 def static_number(value: Any, *, caller: str, name: str, low: float) -> float:
@@ -70,11 +75,13 @@ def static_number(value: Any, *, caller: str, name: str, low: float) -> float:
             f"{caller}: {name} must be a Python number, got a JAX array. It shapes the program: "
             f"under optax.inject_hyperparams pass static_args={name!r}."
         )
-    if isinstance(value, (bool, np.bool_, str)) or not hasattr(value, "__float__") or jnp.shape(value) != ():
-        raise TypeError(f"{caller}: {name} must be a number, got {_show(value)}.")
+    if isinstance(value, _NOT_REAL) or not hasattr(value, "__float__") or jnp.shape(value) != ():
+        raise TypeError(
+            f"{caller}: {name} must be a number, got {_show(value)}. Pass a number >= {low:g}, or math.inf."
+        )
     value = float(value)
     if not value >= low:
-        raise ValueError(f"{caller}: {name} must be >= {low:g}, got {value:g}.")
+        raise ValueError(f"{caller}: {name} must be >= {low:g}, got {value:g}. Pass a larger number, or math.inf.")
     return value
 
 
@@ -97,7 +104,7 @@ def axes(value: Any, *, caller: str) -> tuple[int, ...]:
     except TypeError:
         raise TypeError(
             f"{caller}: axis must be None, an int, a tuple of ints, or a rule(path, leaf) that returns one of these, "
-            f"got {_show(value)}."
+            f"got {_show(value)}. Pass the axes that share a norm."
         ) from None
 
 

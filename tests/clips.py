@@ -64,9 +64,17 @@ CLIPS = [
     ),
     Case("clip_by_norm_range", lambda t: oc.clip_by_norm_range(None, t), "global", oc.global_norm),
     Case("adaptive_grad_clip", agc, "unit", oc.unit_norm, needs_params=True),
-    Case("normalize", functools.partial(oc.clip_by_leaf_norm, response=oc.normalize), "leaf", oc.leaf_norm, False, False),
-    Case("smooth", functools.partial(oc.clip_by_leaf_norm, response=oc.smooth), "leaf", oc.leaf_norm, False, False),
-    Case("tanh", functools.partial(oc.clip_by_leaf_norm, response=oc.tanh), "leaf", oc.leaf_norm, False, False),
+    *(
+        Case(
+            response.__name__,
+            functools.partial(oc.clip_by_leaf_norm, response=response),
+            "leaf",
+            oc.leaf_norm,
+            False,
+            False,
+        )
+        for response in (oc.normalize, oc.smooth, oc.tanh)
+    ),
 ]
 
 NORM_CLIPS = [case for case in CLIPS if case.measure is not None]

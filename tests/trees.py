@@ -46,5 +46,5 @@ def tolerance(dtype) -> float:
 
 def norm64(tree) -> float:
     """The Euclidean norm of all floating and complex leaves, in float64."""
-    leaves = [np.asarray(x).astype(np.complex128) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return float(np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in leaves)))
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return float(np.sqrt(sum(np.sum(np.abs(np.asarray(x).astype(np.complex128)) ** 2) for x in leaves)))
