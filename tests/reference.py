@@ -3,6 +3,8 @@
 Trees are flat dicts of arrays. `c` is a threshold > 0, `n` a norm, `p` the order of a norm.
 """
 
+import functools
+
 import numpy as np
 
 
@@ -111,3 +113,45 @@ def adaptive(grads, weights, clipping, eps=1e-3, axes=axes_by_rank):
         most = clipping * np.maximum(w, eps)
         out[name] = wide(g) * np.where(n > most, most / np.maximum(n, 1e-6), 1.0)
     return out
+
+
+# Blocks of the clips in the table
+
+
+def block_numbers(case, grads):
+    """A number for each entry, the same where entries share a norm."""
+    numbers = {}
+    for place, (name, g) in enumerate(sorted(grads.items())):
+        shape = np.shape(g)
+        axes = {"entry": (), "unit": axes_by_rank(shape)}.get(case.scope, tuple(range(len(shape))))
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        first = {"global": 0, "group": place % 2}.get(case.scope, 1000 * place)
+        numbers[name] = np.broadcast_to(first + np.arange(np.prod(kept, dtype=int)).reshape(kept), shape)
+    return numbers
+
+
+def block_vectors(case, grads):
+    """The entries of each block as one vector, by number."""
+    numbers = block_numbers(case, grads)
+    entries, of_entry = flat(grads), np.concatenate([np.ravel(numbers[name]) for name in grads])
+    return {number: entries[of_entry == number] for number in set(of_entry)}
+
+
+def block_norms(case, grads):
+    """The norm of each block, by number."""
+    p = getattr(case.measure, "keywords", {}).get("ord", 2)
+    norm = rms if case.name == "clip_by_block_rms" else functools.partial(p_norm, p=p)
+    return {number: float(norm(x)) for number, x in block_vectors(case, grads).items()}
+
+
+def total_norm(case, grads):
+    """What a state reports: the root of the sum of the squares of the norms."""
+    return np.sqrt(sum(n**2 for n in block_norms(case, grads).values()))
+
+
+def clipped(case, grads, c):
+    """What a norm clip of the table makes of the gradients."""
+    response, norms = globals().get(case.name, shrink), block_norms(case, grads)
+    factors = {number: 1.0 if n == 0 else response(n, c) for number, n in norms.items()}
+    numbers = block_numbers(case, grads)
+    return {name: wide(g) * np.vectorize(factors.get, otypes=[float])(numbers[name]) for name, g in grads.items()}

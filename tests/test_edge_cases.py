@@ -77,44 +77,6 @@ def assert_same_bits(actual, expected):
     chex.assert_trees_all_equal(bits(actual), bits(expected))
 
 
-def block_numbers(case, updates: dict) -> dict:
-    """A number for each entry, the same where entries share a norm."""
-    numbers = {}
-    for place, (name, leaf) in enumerate(sorted(updates.items())):
-        shape = np.shape(leaf)
-        axes = {"entry": (), "unit": reference.axes_by_rank(shape)}.get(case.scope, tuple(range(len(shape))))
-        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
-        first = {"global": 0, "group": place % 2}.get(case.scope, 1000 * place)
-        numbers[name] = np.broadcast_to(first + np.arange(np.prod(kept, dtype=int)).reshape(kept), shape)
-    return numbers
-
-
-def vectors(case, updates: dict, numbers: dict) -> dict:
-    """The entries of each block as one vector in float64, by number."""
-    entries, of_entry = reference.flat(updates), np.concatenate([np.ravel(numbers[name]) for name in updates])
-    return {number: entries[of_entry == number] for number in set(of_entry)}
-
-
-def block_norms(case, updates: dict) -> dict:
-    """The norm of each block in float64, by number."""
-    order = getattr(case.measure, "keywords", {}).get("ord", 2)
-    norm = reference.rms if case.name == "clip_by_block_rms" else functools.partial(reference.p_norm, p=order)
-    return {number: float(norm(x)) for number, x in vectors(case, updates, block_numbers(case, updates)).items()}
-
-
-def total_norm(case, updates: dict) -> float:
-    """What the state reports: the root of the sum of the squares of the norms."""
-    return np.sqrt(sum(norm**2 for norm in block_norms(case, updates).values()))
-
-
-def expected_updates(case, updates: dict, threshold: float) -> dict:
-    """What a norm clip should make of the updates, in float64."""
-    response = getattr(reference, case.name, reference.shrink)
-    norms, numbers = block_norms(case, updates), block_numbers(case, updates)
-    factors = {number: 1.0 if n == 0 else response(n, threshold) for number, n in norms.items()}
-    return {name: reference.wide(leaf) * np.vectorize(factors.get)(numbers[name]) for name, leaf in updates.items()}
-
-
 def rounded_once(dtype) -> float:
     """Relative error of a number that was computed in f32 or better and rounded to the dtype once."""
     return max(0.51 * float(jnp.finfo(dtype).eps), trees.tolerance(jnp.float32))
@@ -190,7 +152,7 @@ def test_large_updates_come_out_at_the_threshold_with_their_direction(case, thre
     updates = leaves(scale=64.0)
     clipped, _ = compiled(case)(updates, threshold)
     chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
-    assert_close(clipped, expected_updates(case, updates, threshold))
+    assert_close(clipped, reference.clipped(case, updates, threshold))
 
 
 @by_norm
@@ -199,11 +161,10 @@ def test_norm_of_the_result_is_at_most_the_threshold(case, dtype):
     """The norm of each block, measured in float64, is within a few eps of the threshold, and the angle is zero."""
     random, tolerance = np.random.default_rng(0), trees.tolerance(dtype)
     updates = {"a": jnp.asarray(random.normal(size=7), dtype), "b": jnp.asarray(random.normal(size=(3, 4)), dtype)}
-    numbers = block_numbers(case, updates)
     for threshold in (1e-3, 1e-15):
         clipped, _ = compiled(case)(updates, threshold)
-        assert max(block_norms(case, clipped).values()) <= threshold * (1 + tolerance)
-        before, after = vectors(case, updates, numbers), vectors(case, clipped, numbers)
+        assert max(reference.block_norms(case, clipped).values()) <= threshold * (1 + tolerance)
+        before, after = reference.block_vectors(case, updates), reference.block_vectors(case, clipped)
         for number, x in before.items():
             y = after[number]
             assert np.vdot(x, y) >= (1 - tolerance) * np.linalg.norm(x) * np.linalg.norm(y) > 0
@@ -329,7 +290,7 @@ def test_threshold_inf_is_bit_identical(case, bad):
     if case.measure is not None:
         assert jnp.isfinite(state.norm) == np.isfinite(bad) and state.clip_rate == 0
     if case.measure is not None and bad == 0:
-        np.testing.assert_allclose(state.norm, total_norm(case, updates), rtol=1e-6)
+        np.testing.assert_allclose(state.norm, reference.total_norm(case, updates), rtol=1e-6)
 
 
 @every
@@ -341,7 +302,7 @@ def test_known_threshold_inf_or_none_is_bit_identical(case, threshold):
         clipped, state = once(case, threshold, updates)
         assert_same_bits(clipped, updates)
         if case.measure is not None and jnp.isfinite(updates).all():
-            np.testing.assert_allclose(state.norm, total_norm(case, {"w": updates}), rtol=1e-6)
+            np.testing.assert_allclose(state.norm, reference.total_norm(case, {"w": updates}), rtol=1e-6)
 
 
 # Entries that are not finite
@@ -353,7 +314,7 @@ def test_bad_entry_makes_its_block_nan_and_no_other(case, bad):
     """With an inf or NaN among them all entries of that block are NaN, and all other entries are as without it."""
     updates = leaves()
     clean, _ = compiled(case)(updates, 16.0)
-    numbers = block_numbers(case, updates)
+    numbers = reference.block_numbers(case, updates)
     for name, leaf in updates.items():
         broken = np.array(leaf)
         broken.reshape(-1)[0] = bad
@@ -431,8 +392,10 @@ def test_norms_of_every_magnitude_are_exact(case, magnitude, dtype):
         for exponent in EXPONENTS:
             updates = magnitude(10.0**exponent, dtype)
             clipped, state = compiled(case)(updates, threshold)
-            np.testing.assert_allclose(state.norm, total_norm(case, updates), rtol=1e-6, err_msg=f"norm 1e{exponent}")
-            assert_close(clipped, expected_updates(case, updates, threshold))
+            np.testing.assert_allclose(
+                state.norm, reference.total_norm(case, updates), rtol=1e-6, err_msg=f"norm 1e{exponent}"
+            )
+            assert_close(clipped, reference.clipped(case, updates, threshold))
 
 
 @by_norm
@@ -442,7 +405,7 @@ def test_single_entries_of_every_magnitude_are_exact(case, entry):
     updates = {"a": jnp.float32(entry).reshape(1)}
     clipped, state = compiled(case)(updates, 0.5)
     np.testing.assert_allclose(state.norm, entry, rtol=1e-6)
-    assert_close(clipped, expected_updates(case, updates, 0.5))
+    assert_close(clipped, reference.clipped(case, updates, 0.5))
 
 
 @by_norm
@@ -454,7 +417,7 @@ def test_threshold_of_every_magnitude(case):
             if case.name == "adaptive_grad_clip" and threshold < 1e-6:
                 continue  # its divisor is at least 1e-6
             clipped, _ = compiled(case)(updates, threshold)
-            assert_close(clipped, expected_updates(case, updates, threshold))
+            assert_close(clipped, reference.clipped(case, updates, threshold))
 
 
 @pytest.mark.parametrize("scale_up", [oc.normalize, None], ids=["normalize", "norm_range"])
@@ -474,7 +437,7 @@ def test_norm_above_the_largest_number_is_loud(case, dtype):
     updates = {"a": jnp.full(7, 3e38, dtype), "b": jnp.full((3, 4), -3e38, dtype)}
     clipped, state = compiled(case)(updates, 1.0)
     if case.name == "clip_by_block_rms":
-        assert_close(clipped, expected_updates(case, updates, 1.0))
+        assert_close(clipped, reference.clipped(case, updates, 1.0))
     else:
         assert all(jnp.isnan(leaf).all() for leaf in clipped.values())
         assert jnp.isinf(state.norm) and state.clip_rate == 0
@@ -515,8 +478,8 @@ def test_mixed_trees_share_a_norm_in_f32(case):
     updates = {name: leaf.astype(trees.mixed()[name].dtype) for name, leaf in updates.items()}
     clipped, state = compiled(case)(updates, 8.0)
     chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
-    assert_close(clipped, expected_updates(case, updates, 8.0))
-    np.testing.assert_allclose(state.norm, total_norm(case, updates), rtol=1e-6)
+    assert_close(clipped, reference.clipped(case, updates, 8.0))
+    np.testing.assert_allclose(state.norm, reference.total_norm(case, updates), rtol=1e-6)
 
 
 @every
@@ -534,7 +497,7 @@ def test_f64_leaves_are_clipped_in_f64(case):
             expected = reference.value(updates, low, 2.0)
         else:
             assert state.norm.dtype == jnp.float32
-            expected = expected_updates(case, updates, 2.0)
+            expected = reference.clipped(case, updates, 2.0)
         np.testing.assert_allclose(clipped["wide"], expected["wide"], rtol=1e-13)
 
 
@@ -585,7 +548,7 @@ def test_leaves_without_entries(case, shape):
     if case.measure is not None:
         np.testing.assert_allclose(
             reference.flat(clipped),
-            expected_updates(case, {"b": updates["b"]}, 2.0)["b"],
+            reference.clipped(case, {"b": updates["b"]}, 2.0)["b"],
             rtol=trees.tolerance(jnp.float32),
         )
 
@@ -619,8 +582,8 @@ def test_complex_leaves_keep_their_phase(case, scale):
         size = np.abs(reference.wide(updates["z"]))
         expected = {"z": reference.wide(updates["z"]) * np.minimum(1.0, 2.0 / size)}
     else:
-        expected = expected_updates(case, updates, 2.0)
-        np.testing.assert_allclose(state.norm, total_norm(case, updates), rtol=1e-6)
+        expected = reference.clipped(case, updates, 2.0)
+        np.testing.assert_allclose(state.norm, reference.total_norm(case, updates), rtol=1e-6)
     assert_close(clipped, expected)
 
 
