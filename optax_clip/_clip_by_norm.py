@@ -84,9 +84,17 @@ def norm_clip(
     tree = as_thresholds(threshold, caller=caller, name=name)
 
     def init_fn(params):
-        blocks = _Blocks(norm(params), params, tree, rules, caller, name)
+        leaves, treedef = jax.tree.flatten(params)
+
+        def rule_state(counted):
+            arrays = iter(counted)
+            params = treedef.unflatten([next(arrays) if is_counted(leaf) else leaf for leaf in leaves])
+            blocks = _Blocks(norm(params), params, tree, rules, caller, name)
+            return blocks.merge([rule.init(norms) for rule, norms in blocks.by_rule()])
+
+        # Compiled, so that norms that no rule looks at are not taken.
+        rule = jax.jit(rule_state)([leaf for leaf in leaves if is_counted(leaf)])
         zeros = [jnp.zeros([], jnp.float32) for _ in range(3)]
-        rule = blocks.merge([rule.init(norms) for rule, norms in blocks.by_rule()])
         return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
 
     def update_fn(updates, state, params=None, **extra_args):
