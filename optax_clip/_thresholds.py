@@ -168,7 +168,8 @@ def between(low: Threshold, high: Threshold) -> Threshold:
 
 
 def _between(norm: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    target = jnp.minimum(jnp.maximum(norm, low), high)
+    # A norm of 0 has no way up, and may be that of entries too small to square: leave them.
+    target = jnp.where(norm == 0, high, jnp.minimum(jnp.maximum(norm, low), high))
     endless = jnp.where(low <= 0, jnp.inf, jnp.where(jnp.isfinite(norm), target, jnp.nan))
     return jnp.where(high == jnp.inf, endless, target)
 

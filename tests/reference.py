@@ -151,7 +151,8 @@ def total_norm(case, grads):
 
 def clipped(case, grads, c):
     """What a norm clip of the table makes of the gradients."""
-    response, norms = globals().get(case.name, shrink), block_norms(case, grads)
+    response = {"normalize": normalize, "smooth": smooth, "tanh": tanh}.get(case.name, shrink)
+    norms = block_norms(case, grads)
     factors = {number: 1.0 if n == 0 else response(n, c) for number, n in norms.items()}
     numbers = block_numbers(case, grads)
     return {name: wide(g) * np.vectorize(factors.get, otypes=[float])(numbers[name]) for name, g in grads.items()}

@@ -116,10 +116,11 @@ def test_small_updates_are_bit_identical(case, tree):
 
 @keeping_small
 def test_only_subnormal_updates_are_bit_identical(case):
-    """Leaves whose entries are all subnormal come back as they are."""
-    updates = jax.tree.map(lambda x: jnp.full_like(x, jnp.finfo(x.dtype).smallest_subnormal), leaves())
-    clipped, _ = compiled(case)(updates, 1.0)
-    assert_same_bits(clipped, updates)
+    """Leaves whose entries are all subnormal, or have a norm too small to measure, come back as they are."""
+    subnormal = jax.tree.map(lambda x: jnp.full_like(x, jnp.finfo(x.dtype).smallest_subnormal), leaves())
+    for updates in (subnormal, *(constant_magnitude(norm, jnp.float32) for norm in (1e-44, 5e-39, 8e-38, 1e-33))):
+        clipped, _ = compiled(case)(updates, 1.0)
+        assert_same_bits(clipped, updates)
 
 
 @over([case for case in clips.SHRINKING if case.scope in ("global", "group", "leaf")])
