@@ -1,7 +1,8 @@
 """Gradient clipping for JAX, as composable Optax transformations."""
 
-from optax_clip._adaptive import adaptive_grad_clip
+from optax_clip._adaptive import adagc, adaptive_grad_clip, autoclip, clip_by_sigma, zclip
 from optax_clip._clip_by_norm import ClipState, clip_by_norm
+from optax_clip._history import ema_ratio, quantile, sigma_window, z_score
 from optax_clip._metrics import clip_metrics
 from optax_clip._norm_clips import (
     clip_by_block_rms,
@@ -13,8 +14,9 @@ from optax_clip._norm_clips import (
 )
 from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
 from optax_clip._responses import normalize, shrink, smooth, tanh
-from optax_clip._thresholds import Threshold, param_fraction, scheduled
+from optax_clip._thresholds import Threshold, minimum, param_fraction, per_block, scheduled
 from optax_clip._values import ValueClipState, clip, clip_by_value
+from optax_clip._wrappers import SkipState, skip_spikes
 
 __version__ = "0.1.0"
 
@@ -29,12 +31,19 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_group_norm",
     "clip_by_norm_range",
-    # Adapt to the parameters
+    # Adapt to the parameters, or to the norms so far
     "adaptive_grad_clip",
+    "autoclip",
+    "zclip",
+    "adagc",
+    "clip_by_sigma",
+    # Skip steps
+    "skip_spikes",
     # See what was clipped
     "clip_metrics",
     "ClipState",
     "ValueClipState",
+    "SkipState",
     # Build a clip: norm x threshold x response
     "clip_by_norm",
     "global_norm",
@@ -45,6 +54,12 @@ __all__ = [
     "Threshold",
     "scheduled",
     "param_fraction",
+    "quantile",
+    "z_score",
+    "ema_ratio",
+    "sigma_window",
+    "minimum",
+    "per_block",
     "shrink",
     "normalize",
     "smooth",

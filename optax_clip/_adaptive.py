@@ -1,6 +1,7 @@
-"""Norm clips whose threshold adapts to the parameters."""
+"""Norm clips whose threshold adapts, to the parameters or to the norms of earlier steps."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._clip_by_norm import norm_clip
-from optax_clip._norms import unit_norm
+from optax_clip._history import ema_ratio, quantile, sigma_window, z_score
+from optax_clip._norms import global_norm, leaf_norm, unit_norm
 from optax_clip._responses import shrink
-from optax_clip._thresholds import as_thresholds, is_threshold, param_fraction
+from optax_clip._thresholds import Threshold, as_thresholds, is_threshold, param_fraction
 
 
 def adaptive_grad_clip(
@@ -70,3 +72,202 @@ def adaptive_grad_clip(
 
 def _agc_shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where(norm > threshold, shrink(jnp.maximum(norm, 1e-6), threshold), 1.0)
+
+
+def autoclip(
+    percentile: Any = 10.0, window: int = 1024, *, norm: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """AutoClip: scales the updates so that their norm is at most a percentile of the norms so far.
+
+    updates ← updates · min(1, c / norm),  c = percentile p of the last norms, the present one included
+
+    This is `clip_by_norm(global_norm, quantile(percentile, window))`.
+
+    Args:
+      percentile: p, in [0, 100], a number or traced scalar. The paper recommends 10, which clips about 90 % of the
+        steps: the threshold then acts as a learning rate that adapts. 90 or more cuts off spikes only.
+      window: norms to remember, an int >= 1 (under `optax.inject_hyperparams` a `static_args`). The paper keeps all:
+        the same while there are no more than `window` steps.
+      norm: what is a block, each with a history of its own: None for `global_norm`; `leaf_norm`,
+        `group_norm(labels)`, `functools.partial(unit_norm, axis=...)`. Other scopes are the paper's future work.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` a `QuantileState`.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`. The first step is not clipped. A norm that is not finite leaves no trace in the
+      history. Costs O(window) a step and block, without a sort.
+
+    Example:
+      >>> tx = autoclip(50.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (1.0, 3.0, 100.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(updates)
+      [1.]
+      [2.]
+      [3.]
+
+    References:
+      Seetharaman, Wichern, Pardo, Le Roux, AutoClip: adaptive gradient clipping for source separation networks, 2020,
+      arXiv 2007.14469. The norm enters the history before the percentile is taken, as in the paper.
+    """
+    return _adaptive(norm, global_norm, quantile(percentile, window), caller="autoclip")
+
+
+def zclip(
+    z_max: Any = 2.5,
+    decay: Any = 0.97,
+    warmup_steps: Any = 25,
+    *,
+    spike: str = "rescale",
+    factor: Any = 1.0,
+    norm: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """ZClip: scales down the spikes, updates whose norm is far above the average of the norms, and nothing else.
+
+    z = (norm - mean) / (deviation + 1e-6);  z > z_max: updates ← updates · c / norm,
+    c = (mean + z_max · deviation · z_max / z) · factor  (spike = "rescale"),  mean  ("mean"),
+    or mean + z_max · deviation, also for z ≤ z_max  ("limit")
+
+    This is `clip_by_norm(global_norm, z_score(...))`; mean and deviation are exponential averages of the norms after
+    clipping, see `z_score`. The authors' `max_grad_norm` is a second clip:
+    `optax.chain(zclip(), clip_by_global_norm(1.0))`.
+
+    Args:
+      z_max: deviations above the mean from which a norm is a spike, >= 0, a number or traced scalar; 2 to 2.5 in the
+        paper.
+      decay: of the averages, the paper's α, in [0, 1], likewise.
+      warmup_steps: norms to collect before anything is clipped, >= 0, likewise; at least one is.
+      spike: what to do about a spike: "rescale" (the larger, the more), "mean" or "limit".
+      factor: of the threshold of "rescale", >= 0, a number or traced scalar.
+      norm: what is a block, as for `autoclip`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` a `ZScoreState`.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`. Nothing is clipped in warm-up. A norm that is not finite leaves no trace in the
+      statistics, in warm-up neither; while all norms were 0, warm-up goes on.
+
+    Example:
+      >>> tx = zclip(warmup_steps=4)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (1.0, 1.2, 0.8, 1.1, 10.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      >>> print(f"{updates.item():.4f}")
+      1.0402
+
+    References:
+      Kumar, Owen, Chowdhury, Güra, ZClip: adaptive spike mitigation for LLM pre-training, 2025, arXiv 2504.02507.
+      Numbers are those of the authors' package, which calls the decay `alpha` and "limit" its percentile mode.
+    """
+    rule = z_score(z_max, decay, warmup_steps, spike=spike, factor=factor)
+    return _adaptive(norm, global_norm, rule, caller="zclip")
+
+
+def adagc(
+    max_norm: Any = 1.0,
+    max_ratio: Any = 1.05,
+    decay: Any = 0.98,
+    warmup_steps: Any = 100,
+    *,
+    norm: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaGC: scales each leaf so that its norm is at most a little above the average of its norms so far.
+
+    updates_i ← updates_i · min(1, max_ratio · γ_i / norm_i),  γ_i ← decay · γ_i + (1 - decay) · norm_i after clipping;
+    in warm-up instead updates_i ← updates_i · min(1, max_norm / global norm),  γ_i ← min(γ_i, norm_i after clipping)
+
+    This is `clip_by_norm(leaf_norm, ema_ratio(...))`.
+
+    Args:
+      max_norm: largest norm of all blocks together in warm-up, the paper's λ_abs: a number, traced scalar, schedule,
+        `Threshold`, or None for no bound.
+      max_ratio: largest ratio of a norm to its average, the paper's λ_rel, >= 0, a number or traced scalar.
+      decay: of the average, the paper's β, in [0, 1], likewise.
+      warmup_steps: steps in which all blocks are scaled together, the paper's T_start, >= 0, likewise.
+      norm: what is a block: None for `leaf_norm`, or as for `autoclip`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` the state of `ema_ratio`.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_leaf_norm`. A norm that is not finite leaves no trace in any average; in warm-up, where all blocks
+      are scaled together, such a block makes all NaN. Norms of 0 do not become an average in warm-up: see `ema_ratio`.
+
+    Example:
+      >>> tx = adagc(max_norm=5.0, max_ratio=1.1, warmup_steps=1)
+      >>> state = tx.init({"w": jnp.zeros(1), "b": jnp.zeros(1)})
+      >>> for w, b in ((6.0, 8.0), (6.0, 4.0)):
+      ...     updates, state = tx.update({"w": jnp.array([w]), "b": jnp.array([b])}, state)
+      ...     print(f"{updates['w'].item():.2f} {updates['b'].item():.2f}")
+      3.00 4.00
+      3.30 4.00
+
+    References:
+      Wang, Li, Dong and others, AdaGC: improving training stability for large language model pretraining, 2025,
+      arXiv 2502.11034. The defaults are those of early ports. The authors' code has 1.04, 0.99 and 101 warm-up steps,
+      and takes the smallest norm of warm-up before clipping; the algorithm in the paper, and this, after it.
+    """
+    rule = ema_ratio(max_norm, max_ratio, decay, warmup_steps)
+    return _adaptive(norm, leaf_norm, rule, caller="adagc")
+
+
+def clip_by_sigma(
+    sigmas: Any = 3.0, window: int = 128, *, norm: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the updates so that their norm is at most some deviations above the mean of the last norms.
+
+    updates ← updates · min(1, c / norm),  c = mean + sigmas · max(deviation, 1e-6), over the norms of earlier steps
+
+    This is `clip_by_norm(global_norm, sigma_window(sigmas, window))`.
+
+    Args:
+      sigmas: deviations above the mean, >= 0, a number or traced scalar.
+      window: norms to remember, an int >= 1 (under `optax.inject_hyperparams` a `static_args`). Nothing is clipped
+        before half of them are there.
+      norm: what is a block, as for `autoclip`.
+
+    Returns:
+      A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` a `SigmaWindowState`.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `clip_by_global_norm`. A norm that is not finite leaves no trace in the window.
+
+    Example:
+      >>> tx = clip_by_sigma(2.0, window=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (4.0, 2.0, 9.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(updates)
+      [4.]
+      [2.]
+      [5.]
+
+    References:
+      The clipping by the history of norms in the levanter library, in which one NaN switches it off for a window.
+    """
+    return _adaptive(norm, global_norm, sigma_window(sigmas, window), caller="clip_by_sigma")
+
+
+def _adaptive(
+    norm: Callable[[Any], Any] | None, usual: Callable[[Any], Any], rule: Threshold, *, caller: str
+) -> optax.GradientTransformationExtraArgs:
+    return norm_clip(usual if norm is None else norm, rule, None, caller=caller, name="threshold")

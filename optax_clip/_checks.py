@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 
@@ -21,11 +22,24 @@ def is_function(value: object) -> bool:
     return callable(value) and is_leaf(value)
 
 
+def is_transformation(value: object) -> bool:
+    return isinstance(value, optax.GradientTransformation)
+
+
 _NOT_REAL = (bool, np.bool_, str, bytes, complex, np.complexfloating)
 
 
-def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why: str = "", kinds: str = "") -> None:
-    """Raises unless `value` is a real scalar; where its value is known, also unless it is a number >= `low`."""
+def scalar(
+    value: Any,
+    *,
+    caller: str,
+    name: str,
+    low: float | None = None,
+    high: float | None = None,
+    why: str = "",
+    kinds: str = "",
+) -> None:
+    """Raises unless `value` is a real scalar; where its value is known, also unless it lies in [low, high]."""
     kinds = kinds or "a number, a scalar array, a schedule, or None"
     if isinstance(value, _NOT_REAL) or not hasattr(value, "__float__"):
         raise TypeError(f"{caller}: {name} must be {kinds}, got {_show(value)}. Pass one of these.")
@@ -44,6 +58,8 @@ def scalar(value: Any, *, caller: str, name: str, low: float | None = None, why:
         raise ValueError(f"{caller}: {name} must be a number, got {known}. Every update would become NaN.")
     if low is not None and known < low:
         raise ValueError(f"{caller}: {name} must be >= {low:g}, got {known:g}.{why or ' Pass a larger number.'}")
+    if high is not None and known > high:
+        raise ValueError(f"{caller}: {name} must be <= {high:g}, got {known:g}. Pass a smaller number.")
 
 
 def ordered(low_value: Any, high_value: Any, *, caller: str, low: str, high: str) -> None:
@@ -83,6 +99,25 @@ def static_number(value: Any, *, caller: str, name: str, low: float) -> float:
     if not value >= low:
         raise ValueError(f"{caller}: {name} must be >= {low:g}, got {value:g}. Pass a larger number, or math.inf.")
     return value
+
+
+def static_int(value: Any, *, caller: str, name: str, low: int) -> int:
+    """A Python int >= `low` that is a shape and so cannot be an array."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{caller}: {name} must be a Python int, got a JAX array. It is a shape: "
+            f"under optax.inject_hyperparams pass static_args={name!r}."
+        )
+    if isinstance(value, _NOT_REAL) or not hasattr(value, "__index__"):
+        raise TypeError(f"{caller}: {name} must be an int, got {_show(value)}. Pass an int >= {low}.")
+    if operator.index(value) < low:
+        raise ValueError(f"{caller}: {name} must be >= {low}, got {value}. Pass a larger int.")
+    return operator.index(value)
+
+
+def choice(value: Any, *, caller: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{caller}: {name} must be one of {choices}, got {_show(value)}. Pass one of these strings.")
 
 
 def axis(value: Any, *, caller: str) -> Callable[[Any, Any], Any] | tuple[int, ...] | None:

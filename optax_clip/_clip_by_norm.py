@@ -10,7 +10,8 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._blocks import broadcast, is_counted, varying, wide
-from optax_clip._reductions import fold, root
+from optax_clip._packing import Packing, packing_of
+from optax_clip._reductions import root_of_squares, squares, total
 from optax_clip._responses import shrink
 from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
 
@@ -89,8 +90,7 @@ def norm_clip(
         def rule_state(counted):
             arrays = iter(counted)
             params = treedef.unflatten([next(arrays) if is_counted(leaf) else leaf for leaf in leaves])
-            blocks = _Blocks(norm(params), params, tree, rules, caller, name)
-            return blocks.merge([rule.init(norms) for rule, norms in blocks.by_rule()])
+            return _Blocks(norm(params), params, tree, rules, caller, name).init()
 
         # Compiled, so that norms that no rule looks at are not taken.
         rule = jax.jit(rule_state)([leaf for leaf in leaves if is_counted(leaf)])
@@ -102,12 +102,13 @@ def norm_clip(
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         thresholds, rule = blocks.thresholds(state.rule, params)
         scales = [_scale(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
+        by_block = blocks.packing.unpack_to_kernels(scales)
         leaves, treedef = jax.tree.flatten(updates)
-        clipped = [leaf if b is None else _scaled(leaf, *scales[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
-        total, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
+        clipped = [leaf if b is None else _scaled(leaf, *by_block[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
+        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
         step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
-        return treedef.unflatten(clipped), ClipState(step, total, mean_threshold, mean_scale, clip_rate, rule)
+        return treedef.unflatten(clipped), ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -115,7 +116,8 @@ def norm_clip(
 class _Blocks:
     """The blocks of a tree of updates: their norms, which leaf belongs to which, and which rule governs each."""
 
-    norms: tuple[jax.Array, ...]
+    norms: list[jax.Array]  # packed: scalars under one rule are one vector
+    packing: Packing
     of_leaf: list[int | None]
 
     def __init__(
@@ -131,16 +133,18 @@ class _Blocks:
         whole = [norm_tree] if _checks.is_leaf(norm_tree) and norm_tree is not None else []
         distinct = {id(norm): norm for norm in [*whole, *by_leaf] if norm is not None}
         place = {key: i for i, key in enumerate(distinct)}
-        self.norms = tuple(jnp.asarray(norm) for norm in distinct.values())
+        blocks = [jnp.asarray(norm) for norm in distinct.values()]
         self.of_leaf = [None if norm is None else place[id(norm)] for norm in by_leaf]
-        self.rule_of = self._rules_of_blocks(rule_tree, name)
+        self.rule_of = self._rules_of_blocks(rule_tree, len(blocks), name)
+        self.packing = packing_of(blocks, self.rule_of)
+        self.norms = self.packing.pack(blocks)
 
-    def _rules_of_blocks(self, rule_tree: Any, name: str) -> list[int]:
+    def _rules_of_blocks(self, rule_tree: Any, blocks: int, name: str) -> list[int]:
         if self.single or not jax.tree.leaves(self.updates):
-            return [0] * len(self.norms)
+            return [0] * blocks
         number = {id(rule): r for r, rule in enumerate(self.rules)}
         numbered = jax.tree.map(lambda rule: number[id(rule)], rule_tree, is_leaf=is_threshold)
-        rule_of: list[int] = [-1] * len(self.norms)
+        rule_of: list[int] = [-1] * blocks
         for b, r in zip(self.of_leaf, broadcast(numbered, self.updates, caller=self.caller, name=name)):
             if b is not None and rule_of[b] not in (-1, r):
                 raise ValueError(
@@ -151,28 +155,33 @@ class _Blocks:
                 rule_of[b] = r
         return rule_of
 
-    def by_rule(self) -> list[tuple[Threshold, tuple]]:
-        """Each rule with the norms of its blocks."""
+    def _by_rule(self) -> list[tuple[Threshold, list[int]]]:
+        """Each rule with the places of its norms."""
         return [
-            (rule, tuple(norm for norm, own in zip(self.norms, self.rule_of) if own == r))
+            (rule, [i for i, group in enumerate(self.packing.groups) if self.rule_of[group[0]] == r])
             for r, rule in enumerate(self.rules)
         ]
 
-    def merge(self, states: list) -> Any:
+    def init(self) -> Any:
+        return self._merge([rule.init(tuple(self.norms[i] for i in own)) for rule, own in self._by_rule()])
+
+    def _merge(self, states: list) -> Any:
         """The state of a single rule; for a tree of rules a tuple of theirs."""
         return states[0] if self.single else tuple(states)
 
     def thresholds(self, state: Any, params: Any) -> tuple[list[jax.Array], Any]:
+        """One for each of `norms`."""
         states = [state] if self.single else state
         out: list = [None] * len(self.norms)
         new_states = []
-        for r, ((rule, norms), old) in enumerate(zip(self.by_rule(), states)):
-            own = [b for b, owner in enumerate(self.rule_of) if owner == r]
-            values, new = rule.update(norms, old, self._params_of(params, set(own)) if rule.needs_params else None)
+        for (rule, own), old in zip(self._by_rule(), states):
+            norms = tuple(self.norms[i] for i in own)
+            blocks = {b for i in own for b in self.packing.groups[i]}
+            values, new = rule.update(norms, old, self._params_of(params, blocks) if rule.needs_params else None)
             new_states.append(new)
-            for b, value in zip(own, values):
-                out[b] = jnp.maximum(value, 0.0)  # keeps NaN
-        return out, self.merge(new_states)
+            for i, value in zip(own, values):
+                out[i] = jnp.maximum(value, 0.0)  # keeps NaN
+        return out, self._merge(new_states)
 
     def _params_of(self, params: Any, blocks: set[int]) -> Any:
         """The tree of parameters with None for leaves of other blocks."""
@@ -212,35 +221,20 @@ def _scaled(leaf: Any, scale: jax.Array, unit: jax.Array) -> jax.Array:
     return jnp.where(scale == 1, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
 
 
-def _summary(norms: tuple, thresholds: list, scales: list) -> list[jax.Array]:
+def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
     """Total norm, mean threshold, mean factor, share of blocks above their thresholds: f32[] each."""
     if not any(n.size for n in norms):
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
     factors = [(scale * unit).astype(jnp.float32) for scale, unit in scales]
-    norms = tuple(n.astype(jnp.float32) for n in norms)
+    norms = [n.astype(jnp.float32) for n in norms]
     thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:
         return [norms[0], thresholds[0], factors[0], above[0]]
-    # Squares at two scales, since those of large and of small norms leave the range of f32.
-    low, high = jax.lax.optimization_barrier((jnp.float32(2.0**40), jnp.float32(2.0**-66)))
     rows = [
-        (jnp.square(n * low), jnp.square(n * high), jnp.broadcast_to(t, n.shape), factor, is_above)
+        (*squares(n), jnp.broadcast_to(t, n.shape), factor, is_above)
         for n, t, factor, is_above in zip(norms, thresholds, factors, above)
     ]
-    low_sum, high_sum, *sums = _total(rows)
-    norm = jnp.where(jnp.isfinite(low_sum), root(low_sum, low), root(high_sum, high))
+    low, high, *sums = total(rows)
     count = sum(n.size * math.prod(jax.lax.axis_size(name) for name in varying(n)) for n in norms)
-    return [norm, *(x / count for x in sums)]
-
-
-def _total(rows: list[tuple]) -> list[jax.Array]:
-    """The sum of each column over its entries, over the rows and over the devices on which they vary."""
-    sums: dict[tuple, list] = {}
-    for row in rows:
-        sums.setdefault(tuple(sorted(varying(row[0]))), []).append([jnp.sum(x) for x in row])
-    columns = {names: [fold(jnp.add, list(column)) for column in zip(*rows)] for names, rows in sums.items()}
-    return [
-        fold(jnp.add, list(column))
-        for column in zip(*(jax.lax.psum(sums, names) if names else sums for names, sums in columns.items()))
-    ]
+    return [root_of_squares(low, high), *(x / count for x in sums)]

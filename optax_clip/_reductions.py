@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip._blocks import Mesh, varying, wide
+from optax_clip._packing import packing_of
 
 _LARGE, _SMALL = 2.0**-66, 2.0**62  # scales at which the squares of large and of small numbers are normal numbers
 _LOWEST = 2.0**-70  # a sum of squares below may have lost addends
@@ -27,22 +28,36 @@ def l2_norms(values: list, *, layout: tuple, counts: tuple[int, ...]) -> list[ja
     scale = jax.lax.platform_dependent(
         cpu=lambda: jnp.float32(1.0), default=lambda: jax.lax.optimization_barrier(jnp.float32(2.0**40))
     )
-    scales = [scale] * len(values)
-    sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, scales[i]))
-    unsafe = [(s == jnp.inf) | ((s < _LOWEST) & ((s > 0) | (scale == 1))) for s in sums]
-    large = [_LARGE * 2.0 ** -math.ceil(math.log2(count) / 2) for count in counts]
-    new_scales = [jnp.where(s > 1, k, _SMALL).astype(s.dtype) for s, k in zip(sums, large)]
-
-    def measure_again(values, scales, norms, unsafe):
-        # The barrier keeps XLA from multiplying the scales first where it knows the values: 2^-66 squared is 0.
-        values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
-        sums = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
-        return [jnp.where(u, root(s / n, k), old) for u, s, n, k, old in zip(unsafe, sums, counts, scales, norms)]
-
-    norms = [root(s / n, k) for s, n, k in zip(sums, counts, scales)]
-    return jax.lax.cond(
-        _anywhere(unsafe, layout), measure_again, lambda v, k, norms, u: norms, values, new_scales, norms, unsafe
+    # On CPU XLA would keep a copy of squares that an optimizer also takes: those of gradients that are not scaled.
+    hidden = jax.lax.platform_dependent(
+        values, cpu=lambda values: jax.tree.map(jax.lax.optimization_barrier, values), default=lambda values: values
     )
+    sums = _reduce(hidden, layout, lambda i, x, axes: _sum_of_squares([x], axes, scale))
+    packing = packing_of(sums)
+    packed_sums, packed_counts = packing.pack(sums), packing.pack(counts)
+    norms = [root(s / n, scale) for s, n in zip(packed_sums, packed_counts)]
+    large = [_LARGE * 2.0 ** -math.ceil(math.log2(count) / 2) for count in counts]
+
+    def unsafe(s):
+        return (s == jnp.inf) | ((s < _LOWEST) & ((s > 0) | (scale == 1)))
+
+    def second_scale(s, k):
+        return jnp.where(s > 1, k, _SMALL).astype(s.dtype)
+
+    def measure_again(values, sums, norms):
+        # The barrier keeps XLA from multiplying the scales first where it knows the values: 2^-66 squared is 0.
+        scales = [second_scale(s, k) for s, k in zip(sums, large)]
+        values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
+        again = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
+        return [
+            jnp.where(unsafe(s), root(a / n, second_scale(s, k)), norm)
+            for s, a, n, k, norm in zip(
+                packing.pack(sums), packing.pack(again), packed_counts, packing.pack(large), norms
+            )
+        ]
+
+    anywhere = _anywhere([unsafe(s) for s in packed_sums], layout)
+    return packing.unpack(jax.lax.cond(anywhere, measure_again, lambda _, sums, norms: norms, values, sums, norms))
 
 
 def _sum_of_squares(xs: list[jax.Array], axes: tuple[int, ...] | None, scale: jax.Array) -> jax.Array:
@@ -56,6 +71,34 @@ def root(s: jax.Array, scale: jax.Array) -> jax.Array:
     """sqrt(s) / scale, with the derivative 0 at 0."""
     # Tests for 0 rather than for > 0, so that NaN stays NaN; the inner select keeps the derivative at 0 finite.
     return jnp.where(s == 0, 0.0, jnp.sqrt(jnp.where(s == 0, 1.0, s))) / scale.astype(s.dtype)
+
+
+def squares(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """At two scales, since those of large and of small norms leave the range of f32."""
+    low, high = _scales_of_squares()
+    return jnp.square(norm * low), jnp.square(norm * high)
+
+
+def root_of_squares(low: jax.Array, high: jax.Array) -> jax.Array:
+    """The root of a sum of `squares`."""
+    scales = _scales_of_squares()
+    return jnp.where(jnp.isfinite(low), root(low, scales[0]), root(high, scales[1]))
+
+
+def _scales_of_squares() -> tuple[jax.Array, jax.Array]:
+    return jax.lax.optimization_barrier((jnp.float32(2.0**40), jnp.float32(2.0**-66)))
+
+
+def total(rows: list[tuple]) -> list[jax.Array]:
+    """The sum of each column over its entries, over the rows and over the devices on which they vary."""
+    sums: dict[tuple, list] = {}
+    for row in rows:
+        sums.setdefault(tuple(sorted(varying(row[0]))), []).append([jnp.sum(x) for x in row])
+    columns = {names: [fold(jnp.add, list(column)) for column in zip(*rows)] for names, rows in sums.items()}
+    return [
+        fold(jnp.add, list(column))
+        for column in zip(*(jax.lax.psum(sums, names) if names else sums for names, sums in columns.items()))
+    ]
 
 
 def _merged(values: list, layout: tuple) -> tuple[list, tuple]:

@@ -1,5 +1,6 @@
 """What a norm is compared with: the only part of a clip that keeps a state."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,15 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
+from optax_clip._packing import packing_of
 
 
 class Threshold(NamedTuple):
-    """A threshold rule: a pair of functions over a flat tuple of blocks, as an Optax transformation is over a tree.
+    """A threshold rule: a pair of functions over blocks, as an Optax transformation is one over a tree.
 
-    `init(norms) -> state` sees the norms of the parameters' blocks, for their shapes, dtypes and shardings.
-    `update(norms, state, params) -> (thresholds, state)` returns one threshold a block, of its norm's dtype, a scalar
-    or of its norm's shape. States hold arrays only and keep structure and dtypes. With `needs_params`, `params` is the
-    tree of the parameters of these blocks, and the clip raises where its caller gives none; without, it is None.
+    `init(norms) -> state` sees the norms of the parameters, for their shapes, dtypes and shardings.
+    `update(norms, state, params) -> (thresholds, state)` returns for each of `norms` its thresholds, a scalar or an
+    array of that shape. `norms` is a flat tuple of arrays with a norm an entry: all blocks whose norm is a scalar come
+    as one vector (a single one as a scalar), units as arrays that broadcast against their leaf. States hold arrays only
+    and keep structure and dtypes. With `needs_params`, `params` is the tree of the parameters of these blocks, and the
+    clip raises where its caller gives none; without, it is None. `per_block` makes a rule from one for a single block.
 
     A threshold below 0 acts as 0; inf leaves the block alone; NaN makes it NaN.
 
@@ -33,6 +37,82 @@ class Threshold(NamedTuple):
     init: Callable[[tuple], Any]
     update: Callable[[tuple, Any, Any], tuple[tuple, Any]]
     needs_params: bool = False
+
+
+def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[jax.Array, Any]]) -> Threshold:
+    """Lifts a rule for one block to all blocks of any scope, and keeps norms that are not finite out of its state.
+
+    (threshold_b, state_b) ← update(norm_b, state_b);  where norm_b is NaN or inf: threshold_b = NaN, state_b as it was
+
+    Args:
+      init: returns the state of one block before the first step: a tree of arrays.
+      update: from the norm of one block, f32[] and finite, and its state to its threshold, f32[], and its next state,
+        of the same structure, shapes and dtypes.
+
+    Returns:
+      A `Threshold` whose state is that of one block with the axes of the blocks in front.
+
+    Raises:
+      TypeError: an argument is not a function.
+
+    Guarantees:
+      A step in which the norm of a block is not finite, or its threshold NaN, leaves no trace in the state of that
+      block, in the first step as in any other. The block is NaN throughout there, even where the rule would not clip.
+
+    Example:
+      A threshold of twice the mean norm so far:
+
+      >>> def update(norm, state):
+      ...     count, mean = state
+      ...     mean = mean + (norm - mean) / (count + 1)
+      ...     return 2 * mean, (count + 1, mean)
+      >>> rule = per_block(lambda: (jnp.zeros([]), jnp.zeros([])), update)
+      >>> tx = clip_by_norm(global_norm, rule)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (1.0, jnp.nan, 7.0, 5.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(updates, state.threshold)
+      [1.] 2.0
+      [nan] nan
+      [7.] 8.0
+      [5.] 8.666667
+    """
+    _checks.function(init, caller="per_block", name="init", example="lambda: jnp.zeros([])")
+    _checks.function(update, caller="per_block", name="update", example="lambda norm, state: (2 * norm, state)")
+
+    def guarded(norm, state):
+        seen = jnp.isfinite(norm)
+        threshold, new = update(jnp.where(seen, norm, 1.0), state)
+        threshold = jnp.where(seen, threshold, jnp.nan)
+        lost = jnp.isnan(threshold)  # also where an argument of the rule is NaN
+        return threshold, jax.tree.map(lambda n, old: jnp.where(lost, old, n).astype(old.dtype), new, state)
+
+    def state_like(norm):
+        def spread(x):
+            x = jnp.asarray(x)
+            x = x.astype(x.dtype)  # no weak type
+            shape = (*norm.shape, *x.shape)
+            # The select gives each entry the sharding and the mesh axes of its block.
+            return jnp.where(True, x, jax.lax.broadcast_in_dim(norm.astype(x.dtype), shape, range(norm.ndim)))
+
+        return jax.tree.map(spread, init())
+
+    def init_all(norms):
+        # optax.tree.map_params asks with a tree without leaves, and takes one array for the whole state.
+        return tuple(state_like(norm) for norm in norms) if norms else jnp.zeros([], jnp.int32)
+
+    def update_all(norms, states, params):
+        del params
+        pairs = []
+        for norm, state in zip(norms, states if norms else ()):
+            of_blocks = guarded
+            for _ in range(norm.ndim):
+                of_blocks = jax.vmap(of_blocks)
+            threshold, state = of_blocks(norm.astype(jnp.float32), state)
+            pairs.append((threshold.astype(norm.dtype), state))
+        return tuple(t for t, _ in pairs), tuple(s for _, s in pairs) if norms else states
+
+    return Threshold(init_all, update_all)
 
 
 def constant(value: Any) -> Threshold:
@@ -135,6 +215,7 @@ def param_fraction(
     def update(norms, state, params):
         fractions, state = share.update(norms, state, params)
         sizes = list({id(size): size for size in jax.tree.leaves(norm(params))}.values())
+        sizes = packing_of(sizes).pack(sizes)
         if [jnp.shape(n) for n in norms] != [jnp.shape(n) for n in sizes]:
             raise ValueError(
                 f"{caller}: the parameters have other blocks than the updates, {len(sizes)} of shapes "
@@ -150,6 +231,44 @@ def param_fraction(
 def _share(fraction: jax.Array, size: jax.Array, eps: Any) -> jax.Array:
     bound = fraction * jnp.maximum(size, cast(eps, size.dtype)).astype(fraction.dtype)
     return jnp.where(fraction == jnp.inf, jnp.inf, bound)  # not inf * 0
+
+
+def minimum(*thresholds: Any) -> Threshold:
+    """The smallest of several thresholds, block by block.
+
+    threshold_b = min over i of thresholds[i]_b;  NaN where one of them is
+
+    Args:
+      *thresholds: at least one, each a number, traced scalar, schedule, `Threshold`, Optax transformation or None.
+
+    Returns:
+      A `Threshold` with a tuple of the states of all. Each sees the norms before clipping.
+
+    Raises:
+      ValueError: there is none, or one is negative or NaN.
+      TypeError: one is of the wrong kind.
+
+    Example:
+      Never above 2, nor above 1.05 times the mean of the last norms:
+
+      >>> tx = clip_by_norm(global_norm, minimum(2.0, optax.chain(optax.ema(0.9), optax.scale(1.05))))
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))
+      >>> print(updates)
+      [2.]
+    """
+    if not thresholds:
+        raise ValueError("minimum: there is no threshold. At least one is required. Pass numbers or rules.")
+    rules = [as_threshold(value, caller="minimum", name=f"thresholds[{i}]") for i, value in enumerate(thresholds)]
+
+    def update(norms, states, params):
+        columns, states = zip(*(rule.update(norms, state, params) for rule, state in zip(rules, states)))
+        return tuple(functools.reduce(jnp.minimum, column) for column in zip(*columns)), tuple(states)
+
+    return Threshold(
+        init=lambda norms: tuple(rule.init(norms) for rule in rules),
+        update=update,
+        needs_params=any(rule.needs_params for rule in rules),
+    )
 
 
 def between(low: Threshold, high: Threshold) -> Threshold:
@@ -180,6 +299,8 @@ def as_threshold(value: Any, *, caller: str, name: str) -> Threshold:
         return value
     if value is None:
         return constant(math.inf)
+    if isinstance(value, optax.GradientTransformation):
+        return per_block(lambda: value.init(jnp.zeros([], jnp.float32)), lambda norm, state: value.update(norm, state))
     if callable(value) and _checks.is_leaf(value):
         return _scheduled(value, f"{caller}: {name}")
     _checks.scalar(
@@ -188,7 +309,7 @@ def as_threshold(value: Any, *, caller: str, name: str) -> Threshold:
         name=name,
         low=0.0,
         why=" A negative bound would flip the sign of the update.",
-        kinds="a number, a scalar array, a schedule, a Threshold, or None",
+        kinds="a number, a scalar array, a schedule, a Threshold, an Optax transformation, or None",
     )
     return constant(value)
 
@@ -203,4 +324,5 @@ def as_thresholds(tree: Any, *, caller: str, name: str) -> Any:
 
 
 def is_threshold(x: object) -> bool:
-    return isinstance(x, Threshold)
+    """True for what `as_threshold` takes whole though it is a tree."""
+    return isinstance(x, (Threshold, optax.GradientTransformation))

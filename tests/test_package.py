@@ -18,14 +18,17 @@ FOLDER = pathlib.Path(optax_clip.__file__).parent
 ORDER = [
     "_checks",
     "_blocks",
+    "_packing",
     "_reductions",
     "_norms",
     "_responses",
     "_thresholds",
+    "_history",
     "_clip_by_norm",
     "_norm_clips",
     "_adaptive",
     "_values",
+    "_wrappers",
     "_metrics",
 ]
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

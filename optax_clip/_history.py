@@ -1,0 +1,345 @@
+"""Thresholds from the norms of earlier steps.
+
+Each rule is the mathematics on one block, which `per_block` lifts to every scope. Statistics are f32, windows and
+counters have fixed shapes, and a norm that is not finite leaves no trace in any of them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip import _checks
+from optax_clip._reductions import root_of_squares, squares, total
+from optax_clip._thresholds import Threshold, as_threshold, cast, per_block
+
+_NUMBER = "a number or a scalar array"
+
+
+class QuantileState(NamedTuple):
+    """The window of `quantile`, for one block."""
+
+    ring: jax.Array  # f32[window]: the last norms in order of arrival, the next one goes to `next`; 0 where none was
+    ascending: jax.Array  # f32[window]: the same numbers in ascending order
+    next: jax.Array  # i32[]: below window
+    filled: jax.Array  # i32[]: norms in the window
+
+
+def quantile(percentile: Any = 10.0, window: int = 1024) -> Threshold:
+    """A percentile of the last norms, the present one included.
+
+    threshold = percentile p of {norm_(t - window + 1), ..., norm_t}, interpolated linearly
+
+    Args:
+      percentile: p, in [0, 100], a number or traced scalar.
+      window: norms to remember, an int >= 1: a shape, so under `optax.inject_hyperparams` a `static_args`.
+
+    Returns:
+      A `Threshold` with the state `QuantileState`, 8 · window + 8 bytes a block.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Example:
+      >>> tx = clip_by_norm(global_norm, quantile(50.0, window=3))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (4.0, 2.0, 6.0, 8.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(updates, state.threshold)
+      [4.] 4.0
+      [2.] 3.0
+      [4.] 4.0
+      [6.] 6.0
+
+    References:
+      Seetharaman, Wichern, Pardo, Le Roux, 2020, arXiv 2007.14469: `autoclip` is this rule on `global_norm`.
+    """
+    _checks.scalar(percentile, caller="quantile", name="percentile", low=0.0, high=100.0, kinds=_NUMBER)
+    window = _checks.static_int(window, caller="quantile", name="window", low=1)
+
+    def init():
+        zeros = [jnp.zeros([window], jnp.float32) for _ in range(2)]
+        return QuantileState(*zeros, jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update(norm, state):
+        # Zeros stand for norms that are still missing: they are the smallest, and leave first.
+        leaves = jax.lax.dynamic_index_in_dim(state.ring, state.next, keepdims=False)
+        places = jnp.arange(window)
+        rest = jnp.where(
+            places < jnp.sum(state.ascending < leaves), state.ascending, _shifted(state.ascending, jnp.inf)
+        )
+        ascending = jnp.maximum(_shifted(rest, 0.0, by=-1), jnp.minimum(rest, norm))
+        ring = jnp.where(places == state.next, norm, state.ring)
+        filled = jnp.minimum(state.filled + 1, window)
+        place = (filled - 1).astype(jnp.float32) * cast(percentile, jnp.float32) / 100
+        below = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, filled - 1)
+        low, high = (
+            jax.lax.dynamic_index_in_dim(ascending, window - filled + i, keepdims=False)
+            for i in (below, jnp.minimum(below + 1, filled - 1))
+        )
+        threshold = low + (place - below.astype(jnp.float32)) * (high - low)
+        return threshold, QuantileState(ring, ascending, (state.next + 1) % window, filled)
+
+    return per_block(init, update)
+
+
+def _shifted(x: jax.Array, edge: float, by: int = 1) -> jax.Array:
+    """Entry i is that of place i + by, `edge` outside."""
+    edge_array = jnp.full([1], edge, x.dtype)
+    return jnp.concatenate([x[1:], edge_array] if by > 0 else [edge_array, x[:-1]])
+
+
+class ZScoreState(NamedTuple):
+    """The statistics of `z_score`, for one block."""
+
+    count: jax.Array  # i32[]: norms seen, saturates
+    mean: jax.Array  # f32[]: of the norms, in warm-up plain, then exponential with spikes replaced
+    deviation: jax.Array  # f32[]: the standard deviation, likewise
+
+
+def z_score(
+    z_max: Any = 2.5, decay: Any = 0.97, warmup_steps: Any = 25, *, spike: str = "rescale", factor: Any = 1.0
+) -> Threshold:
+    """Mean and deviation of the norms, each an exponential average; norms far above are spikes, and only they are cut.
+
+    z = (norm - mean) / (deviation + 1e-6);  z ≤ z_max: not clipped;  z > z_max, by `spike`:
+    "rescale": threshold = (mean + z_max · deviation · z_max / z) · factor;  "mean": threshold = mean;
+    "limit", which goes by norm > threshold: threshold = mean + z_max · deviation
+
+    After each step, with x the norm after clipping: mean ← decay · mean + (1 - decay) · x, then
+    deviation² ← decay · deviation² + (1 - decay) · (x - mean)². The first `warmup_steps` norms are not clipped; their
+    mean and population variance are what these start from.
+
+    Args:
+      z_max: deviations above the mean from which a norm is a spike, >= 0, a number or traced scalar.
+      decay: of the averages, in [0, 1], likewise.
+      warmup_steps: norms to collect before anything is clipped, >= 0, likewise; at least one is.
+      spike: what to do about a spike: "rescale" (the larger, the more), "mean" or "limit".
+      factor: of the threshold of "rescale", >= 0, a number or traced scalar.
+
+    Returns:
+      A `Threshold` with the state `ZScoreState`, 12 bytes a block. Where nothing is a spike, its threshold is the norm
+      from which it would be one; in warm-up inf.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      While all norms were 0, which gives no idea of their size, warm-up goes on: a threshold of 0 would never end.
+
+    Example:
+      >>> tx = clip_by_norm(global_norm, z_score(warmup_steps=4, spike="mean"))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (1.0, 1.2, 0.8, 1.1, 10.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      >>> print(f"{updates.item():.3f}")
+      1.025
+
+    References:
+      Kumar, Owen, Chowdhury, Güra, ZClip, 2025, arXiv 2504.02507: `zclip` is this rule on `global_norm`.
+    """
+    for name, value, high in (
+        ("z_max", z_max, None),
+        ("decay", decay, 1.0),
+        ("warmup_steps", warmup_steps, None),
+        ("factor", factor, None),
+    ):
+        _checks.scalar(value, caller="z_score", name=name, low=0.0, high=high, kinds=_NUMBER)
+    _checks.choice(spike, caller="z_score", name="spike", choices=("rescale", "mean", "limit"))
+
+    def init():
+        return ZScoreState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
+
+    def update(norm, state):
+        most, keep = cast(z_max, jnp.float32), cast(decay, jnp.float32)
+        count, mean, deviation = state
+        warm = (count < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | ((mean == 0) & (deviation == 0))
+        limit = mean + most * deviation
+        bound = limit if spike == "limit" else mean + most * (deviation + 1e-6)
+        above = norm > bound
+        # Of the numbers where it matters; elsewhere of harmless ones.
+        z = jnp.where(above, (norm - mean) / (deviation + 1e-6), 1.0)
+        target = {
+            "rescale": (mean + most * deviation * (most / z)) * cast(factor, jnp.float32),
+            "mean": mean,
+            "limit": limit,
+        }[spike]
+        threshold = jnp.where(above, target, bound)
+        # Deviations rather than variances: squares would leave the range of f32.
+        n = (count + 1).astype(jnp.float32)
+        first_mean = mean + (norm - mean) / n
+        first_deviation = jnp.hypot(deviation, (norm - mean) / jnp.sqrt(n)) * jnp.sqrt((n - 1) / n)
+        x = jnp.minimum(norm, threshold)
+        next_mean = mean + (1 - keep) * (x - mean)
+        next_deviation = jnp.hypot(jnp.sqrt(keep) * deviation, jnp.sqrt(1 - keep) * (x - next_mean))
+        return jnp.where(warm, jnp.inf, threshold), ZScoreState(
+            jnp.asarray(optax.safe_increment(count)),
+            jnp.where(warm, first_mean, next_mean),
+            jnp.where(warm, first_deviation, next_deviation),
+        )
+
+    return per_block(init, update)
+
+
+class EmaRatioState(NamedTuple):
+    """The reference of `ema_ratio`, for one block."""
+
+    count: jax.Array  # i32[]: norms seen, saturates
+    mean: jax.Array  # f32[]: in warm-up the smallest norm after clipping, then their exponential average; 0: none yet
+
+
+def ema_ratio(max_norm: Any = 1.0, max_ratio: Any = 1.05, decay: Any = 0.98, warmup_steps: Any = 100) -> Threshold:
+    """A little above an exponential average γ of the norms after clipping, block by block.
+
+    warm-up: threshold_b = norm_b · min(1, max_norm / norm of all blocks), γ_b ← min(γ_b, norm_b after clipping)
+    then: threshold_b = max_ratio · γ_b, γ_b ← decay · γ_b + (1 - decay) · norm_b after clipping
+
+    Args:
+      max_norm: largest norm of all blocks together in warm-up: a number, traced scalar, schedule, `Threshold` or None.
+      max_ratio: largest ratio of a norm to γ, >= 0, a number or traced scalar.
+      decay: of the average, in [0, 1], likewise.
+      warmup_steps: steps in which all blocks are scaled together, >= 0, likewise.
+
+    Returns:
+      A `Threshold` whose state is a tuple: `EmaRatioState`, 8 bytes a block, and the state of `max_norm`.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      A norm of 0 says nothing about the size of a block: in warm-up it does not become its γ, and a block that has none
+      yet stays in warm-up. In warm-up a block that is not finite makes all NaN, and leaves no trace in any γ.
+
+    Example:
+      >>> tx = clip_by_norm(leaf_norm, ema_ratio(max_norm=5.0, max_ratio=1.1, decay=0.5, warmup_steps=1))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (2.0, 4.0, 4.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(f"{updates.item():.2f}")
+      2.00
+      2.20
+      2.31
+
+    References:
+      Wang, Li, Dong and others, AdaGC, 2025, arXiv 2502.11034: `adagc` is this rule on `leaf_norm`.
+    """
+    cap = as_threshold(max_norm, caller="ema_ratio", name="max_norm")
+    for name, value, high in (
+        ("max_ratio", max_ratio, None),
+        ("decay", decay, 1.0),
+        ("warmup_steps", warmup_steps, None),
+    ):
+        _checks.scalar(value, caller="ema_ratio", name=name, low=0.0, high=high, kinds=_NUMBER)
+
+    def in_warmup(state):
+        return (state.count < cast(warmup_steps, jnp.float32)) | (state.mean == 0)
+
+    def init():
+        return EmaRatioState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
+
+    def of_block(norm, state, shared_scale):
+        warm = in_warmup(state)
+        threshold = jnp.where(warm, norm * shared_scale, cast(max_ratio, jnp.float32) * state.mean)
+        x = jnp.minimum(norm, threshold)
+        smallest = jnp.where((state.mean == 0) | ((x > 0) & (x < state.mean)), x, state.mean)
+        average = state.mean + (1 - cast(decay, jnp.float32)) * (x - state.mean)
+        return threshold, EmaRatioState(
+            jnp.asarray(optax.safe_increment(state.count)), jnp.where(warm, smallest, average)
+        )
+
+    def total_norm(norms):
+        return (
+            root_of_squares(*total([squares(norm.astype(jnp.float32)) for norm in norms])) if norms else jnp.zeros([])
+        )
+
+    def init_all(norms):
+        return per_block(init, lambda norm, state: (norm, state)).init(norms), cap.init((total_norm(norms),))
+
+    def update_all(norms, state, params):
+        blocks, cap_state = state
+        whole = total_norm(norms)
+        (bound,), new_cap_state = cap.update((whole,), cap_state, params)
+        bound = jnp.maximum(bound, 0.0)  # keeps NaN
+        over = whole > bound
+        n = jnp.where(over & jnp.isfinite(whole), whole, 1.0)
+        shared_scale = jnp.where(over | jnp.isnan(bound), bound / n, 1.0)
+        # In warm-up all blocks share the fate of the worst.
+        norms = (
+            tuple(
+                jnp.where(in_warmup(block) & ~jnp.isfinite(whole), jnp.nan, norm) for norm, block in zip(norms, blocks)
+            )
+            if norms
+            else ()
+        )
+        rule = per_block(init, lambda norm, state: of_block(norm, state, shared_scale))
+        thresholds, blocks = rule.update(norms, blocks, None)
+        return thresholds, (blocks, new_cap_state)
+
+    return Threshold(init_all, update_all, needs_params=cap.needs_params)
+
+
+class SigmaWindowState(NamedTuple):
+    """The window of `sigma_window`, for one block."""
+
+    ring: jax.Array  # f32[window]: the last norms in order of arrival, the next one goes to `next`; 0 where none was
+    next: jax.Array  # i32[]: below window
+    filled: jax.Array  # i32[]: norms in the window
+
+
+def sigma_window(sigmas: Any = 3.0, window: int = 128) -> Threshold:
+    """Some deviations above the mean of the last norms, the present one left out.
+
+    threshold = mean + sigmas · max(deviation, 1e-6), over {norm_(t - window), ..., norm_(t - 1)};
+    inf while fewer than window / 2 norms are known
+
+    Args:
+      sigmas: deviations above the mean, >= 0, a number or traced scalar.
+      window: norms to remember, an int >= 1: a shape, so under `optax.inject_hyperparams` a `static_args`.
+
+    Returns:
+      A `Threshold` with the state `SigmaWindowState`, 4 · window + 8 bytes a block.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Example:
+      >>> tx = clip_by_norm(global_norm, sigma_window(2.0, window=2))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (4.0, 2.0, 9.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      >>> print(updates, state.threshold)
+      [5.] 5.0
+
+    References:
+      The clipping by the history of norms in the levanter library. `clip_by_sigma` is this rule on `global_norm`.
+    """
+    _checks.scalar(sigmas, caller="sigma_window", name="sigmas", low=0.0, kinds=_NUMBER)
+    window = _checks.static_int(window, caller="sigma_window", name="window", low=1)
+
+    def init():
+        return SigmaWindowState(jnp.zeros([window], jnp.float32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update(norm, state):
+        places = jnp.arange(window)
+        count = jnp.maximum(state.filled, 1).astype(jnp.float32)
+        # In units of the largest: squares and sums would leave the range of f32.
+        largest = jnp.max(state.ring)
+        unit = jnp.where(largest == 0, 1.0, largest)
+        relative = state.ring / unit
+        mean = jnp.sum(relative) / count
+        variance = jnp.sum(jnp.where(places < state.filled, jnp.square(relative - mean), 0.0)) / count
+        deviation = jnp.where(variance == 0, 0.0, jnp.sqrt(jnp.where(variance == 0, 1.0, variance)))
+        threshold = mean * unit + cast(sigmas, jnp.float32) * jnp.maximum(deviation * unit, 1e-6)
+        new = SigmaWindowState(
+            jnp.where(places == state.next, norm, state.ring),
+            (state.next + 1) % window,
+            jnp.minimum(state.filled + 1, window),
+        )
+        return jnp.where(2 * state.filled >= window, threshold, jnp.inf), new
+
+    return per_block(init, update)

@@ -1,0 +1,64 @@
+"""Many scalars as one vector: a program over 1000 blocks is then as short as over one, and quick to compile."""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_clip._blocks import varying
+
+
+class Packing(NamedTuple):
+    """Which arrays of a list are scalars that go into one vector, and which stay as they are."""
+
+    groups: tuple[tuple[int, ...], ...]  # places in the list, for each packed array
+    dtypes: tuple  # of the list
+
+    def pack(self, arrays: Sequence) -> list[jax.Array]:
+        """The packed arrays: vectors of the widest dtype of their scalars, then the other arrays."""
+        return [
+            jnp.stack([jnp.asarray(arrays[i], self._dtype(group)) for i in group])
+            if len(group) > 1
+            else arrays[group[0]]
+            for group in self.groups
+        ]
+
+    def _dtype(self, group: tuple[int, ...]):
+        return jnp.result_type(*(self.dtypes[i] for i in group))
+
+    def unpack(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
+        """The list again. XLA sees through a `pack` that follows."""
+        out: dict[int, jax.Array] = {}
+        for group, array in zip(self.groups, packed):
+            out.update(zip(group, [array[j] for j in range(len(group))] if len(group) > 1 else [array]))
+        return [out[i].astype(dtype) for i, dtype in enumerate(self.dtypes)]
+
+    def unpack_to_kernels(self, packed: Sequence[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
+        """For each of the list a tuple, from tuples of packed arrays, for use in kernels over whole leaves.
+
+        XLA's CPU backend compiles a kernel once for all leaves of a shape, unless it reads another entry of a vector
+        for each. A division is what it does not move into such kernels. In two steps, rows and then entries, most of
+        the small kernels are alike too.
+        """
+        out: dict[int, tuple] = {}
+        for group, arrays in zip(self.groups, packed):
+            columns = [_entries(array) for array in arrays] if len(group) > 1 else [[array] for array in arrays]
+            out.update(zip(group, zip(*columns)))
+        return [out[i] for i in range(len(self.dtypes))]
+
+
+def _entries(vector: jax.Array) -> list[jax.Array]:
+    width = math.isqrt(len(vector) - 1) + 1
+    ones = jnp.where(vector == -1, 2.0, 1.0).astype(vector.dtype)  # factors are not negative, but XLA does not know
+    rows = [vector[k : k + width] / ones[k : k + width] for k in range(0, len(vector), width)]
+    return [row[j] / ones[0] for row in rows for j in range(len(row))]
+
+
+def packing_of(arrays: Sequence[jax.Array], owners: Sequence[Hashable] | None = None) -> Packing:
+    """Scalars with one owner that vary over the same mesh axes go together."""
+    groups: dict = {}
+    for i, (array, owner) in enumerate(zip(arrays, owners or [None] * len(arrays))):
+        groups.setdefault(i if array.ndim else (owner, varying(array)), []).append(i)
+    return Packing(tuple(map(tuple, groups.values())), tuple(a.dtype for a in arrays))

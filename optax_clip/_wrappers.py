@@ -1,0 +1,153 @@
+"""Transformations around an optimizer or a clip."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend.core import Literal
+
+from optax_clip._checks import is_transformation
+from optax_clip._clip_by_norm import ClipState, norm_clip
+from optax_clip._norms import global_norm
+
+
+class SkipState(NamedTuple):
+    """What `skip_spikes` did so far. Read it with `clip_metrics`."""
+
+    total_skipped: jax.Array  # i32[]: steps skipped so far, saturates
+    consecutive_skipped: jax.Array  # i32[]: steps skipped since the last one that was taken, saturates
+    measured: ClipState  # norm and threshold of the last step; scale 1 if it was taken; clip_rate: share of spikes
+    inner_state: Any  # of the optimizer
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation, threshold: Any = None, *, norm: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Skips the steps whose gradient is a spike or not finite: no update, and the optimizer does not see them.
+
+    norm > threshold, or not finite: updates ← 0, state of `inner` as it was;  else: updates ← inner(updates)
+
+    A clipped spike still moves the averages of an optimizer like Adam; a skipped one leaves no trace. Goes around the
+    optimizer: `skip_spikes(optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)), z_score())`.
+
+    Args:
+      inner: the optimizer, or any transformation.
+      threshold: the largest norm that is not skipped, >= 0, as `max_norm` of `clip_by_global_norm`: a number, a scalar
+        array (traced too), an Optax schedule, a rule such as `z_score()` or `sigma_window()`, or None to skip only what
+        is not finite. A step that is skipped enters the statistics of no rule, and does not count for a schedule.
+      norm: what is compared: None for `global_norm`. With several blocks, one above its threshold is enough.
+
+    Returns:
+      A transformation with the state `SkipState`: i32[], i32[], a `ClipState`, and the state of `inner`.
+
+    Raises:
+      ValueError: `threshold` is negative, NaN or not a scalar.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      In a skipped step, the state of `inner` keeps every bit, counters and random keys included, and every floating,
+      complex and integer update is 0. The selection is part of the kernels that write the state: no copy of it.
+      Where norms stay above the threshold for good, every step is skipped: watch `clip/consecutive_skipped`.
+
+    Example:
+      >>> tx = skip_spikes(optax.sgd(1.0), 10.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (2.0, 50.0, jnp.nan, 3.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(updates, state.total_skipped, state.consecutive_skipped)
+      [-2.] 0 0
+      [0.] 1 1
+      [0.] 2 2
+      [-3.] 2 0
+
+    References:
+      Chowdhery and others, PaLM, 2022, arXiv 2204.02311, section 5.1, skip the batches around spikes of the loss.
+    """
+    if not is_transformation(inner):
+        raise TypeError(
+            f"skip_spikes: inner must be an Optax transformation, got {type(inner).__name__}. "
+            "For example: skip_spikes(optax.adamw(1e-3), 10.0)."
+        )
+    inner = optax.with_extra_args_support(inner)
+    # Its updates are not used, so the compiler drops them.
+    watch = norm_clip(
+        global_norm if norm is None else norm, threshold, _zero_above, caller="skip_spikes", name="threshold"
+    )
+
+    def init_fn(params):
+        counters = [jnp.zeros([], jnp.int32) for _ in range(2)]
+        return SkipState(*counters, watch.init(params), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        _, measured = watch.update(updates, state.measured, params)
+        skip = ~(jnp.isfinite(measured.norm) & (measured.scale == 1))
+        new_updates, inner_state = _unless(
+            skip, lambda inner_state: inner.update(updates, inner_state, params, **extra_args), state.inner_state
+        )
+        select = lambda new, old: jnp.where(skip, old, new)
+        measured = measured._replace(rule=jax.tree.map(select, measured.rule, state.measured.rule))
+        return new_updates, SkipState(
+            jnp.where(skip, optax.safe_increment(state.total_skipped), state.total_skipped),
+            jnp.where(skip, optax.safe_increment(state.consecutive_skipped), 0),
+            measured,
+            inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zero_above(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    return jnp.where(norm > threshold, 0.0, 1.0)
+
+
+def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
+    """`update(state)`, or where `skip` is true, updates of zero and the state as it was.
+
+    A branch would write out the updates and a copy of the state. A select after the fact would do so too: for it XLA
+    keeps the state of before, while the updates are computed from the state of after. So each array of the new state is
+    selected where it is computed, and what follows sees what was selected.
+    """
+    old, treedef = jax.tree.flatten(state)
+    others: list[Any] = []  # the structure of the result, and updates that are no arrays
+
+    def arrays_of(old):
+        updates, new = update(treedef.unflatten(old))
+        leaves, structure = jax.tree.flatten(updates)
+        others[:] = [structure, [None if _is_number(leaf) else leaf for leaf in leaves]]
+        return [jnp.asarray(leaf) for leaf in leaves if _is_number(leaf)], treedef.flatten_up_to(new)
+
+    program, (shapes, _) = jax.make_jaxpr(arrays_of, return_shape=True)(old)
+    jaxpr = program.jaxpr
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *old]))
+    new = jaxpr.outvars[len(shapes) :]
+    before = {x: o for x, o in zip(new, old) if not isinstance(x, Literal) and x not in known}
+    used = {x for atoms in ([e.invars for e in jaxpr.eqns], [jaxpr.outvars]) for xs in atoms for x in xs if _is_var(x)}
+    for equation in jaxpr.eqns:
+        inputs = list(dict.fromkeys(filter(_is_var, equation.invars)))
+        outputs = [x for x in equation.outvars if x in used]
+        names = jaxpr.debug_info.with_unknown_names()
+        one = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[equation], debug_info=names)
+        for x, value in zip(outputs, jax.core.eval_jaxpr(one, (), *(known[i] for i in inputs))):
+            known[x] = jnp.where(skip, before[x], value) if x in before else value
+    values = [known[x] if _is_var(x) else x.val for x in jaxpr.outvars]
+    zeroed = iter([jnp.where(skip, 0, value) for value in values[: len(shapes)]])
+    structure, leaves = others
+    kept = [
+        value if value is o or (_is_var(x) and before.get(x) is o) else jnp.where(skip, o, value)
+        for x, value, o in zip(new, values[len(shapes) :], old)
+    ]
+    return structure.unflatten([next(zeroed) if leaf is None else leaf for leaf in leaves]), treedef.unflatten(kept)
+
+
+def _is_var(x: Any) -> bool:
+    return not isinstance(x, Literal)
+
+
+def _is_number(leaf: Any) -> bool:
+    dtype = (
+        getattr(leaf, "dtype", None) if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) else np.result_type(leaf)
+    )
+    return dtype is not None and jnp.issubdtype(dtype, jnp.number)
