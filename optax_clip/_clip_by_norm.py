@@ -11,7 +11,7 @@ import optax
 from optax_clip import _checks
 from optax_clip._blocks import broadcast, is_counted, varying, wide
 from optax_clip._packing import Packing, packing_of
-from optax_clip._reductions import root_of_squares, squares, total
+from optax_clip._reductions import root, root_of_squares, squares, total
 from optax_clip._responses import shrink
 from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
 
@@ -101,11 +101,11 @@ def norm_clip(
         del extra_args
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         thresholds, rule = blocks.thresholds(state.rule, params)
-        scales = [_scale(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
-        by_block = blocks.packing.unpack_to_kernels(scales)
+        factors = [_factor(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
+        by_block = blocks.packing.unpack_to_kernels(factors)
         leaves, treedef = jax.tree.flatten(updates)
-        clipped = [leaf if b is None else _scaled(leaf, *by_block[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
-        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
+        clipped = [leaf if b is None else _scaled(leaf, by_block[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
+        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, factors)
         step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
         return treedef.unflatten(clipped), ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
@@ -191,49 +191,57 @@ class _Blocks:
         return jax.tree.structure(self.updates).unflatten(kept)
 
 
-def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array]:
-    """The factor of a block as two whose product it is, since by itself it may leave the range of f32."""
+def _factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> jax.Array:
+    """The scale of a block; or, negative, the root of one that may leave the range of f32, to multiply by twice."""
     off = threshold == jnp.inf
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
     n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
-    # A factor below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
+    # A scale below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
-    factor = respond(n, t)
-    far = (factor < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
-    near = (factor > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
-    unit = jnp.where(far, 2.0**-96, jnp.where(near, 2.0**96, 1.0)).astype(norm.dtype)
+    scale = respond(n, t)
+    far = (scale < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
+    near = (scale > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
+    half = jnp.where(far, 2.0**-48, jnp.where(near, 2.0**48, 1.0)).astype(norm.dtype)
+    scale = respond(n * half * half, t)
+    factor = jnp.where(far | near, -root(jnp.where(far | near, scale, 1.0), 1 / half), scale)
     idle = jnp.where((norm == 0) & (threshold == 0), 0.0, jnp.where(valid | off, 1.0, jnp.nan))
-    scale = jnp.where(live, respond(n * unit, t), idle).astype(norm.dtype)
     # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
     # every entry. The divisor is 1, since norms are not negative, but it does not know that.
     one = jnp.where(norm < 0, 2.0, 1.0).astype(norm.dtype)
-    return scale / one, unit / one
+    return jnp.where(live, factor, idle).astype(norm.dtype) / one
 
 
-def _scaled(leaf: Any, scale: jax.Array, unit: jax.Array) -> jax.Array:
-    """leaf * unit * scale, multiplied in f32 or better and rounded once; the leaf itself where scale is 1."""
+def _again(factor: jax.Array) -> jax.Array:
+    """What to multiply by after the factor."""
+    return jnp.where(factor < 0, factor, 1.0).astype(factor.dtype)
+
+
+def _scaled(leaf: Any, factor: jax.Array) -> jax.Array:
+    """leaf * scale, multiplied in f32 or better and rounded once; the leaf itself where the scale is 1."""
     x = jnp.asarray(leaf)
     dtype = wide(x)
-    scale, unit = scale.astype(dtype), unit.astype(dtype)
-    parts = [part.astype(dtype) * unit * scale for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
+    factor = factor.astype(dtype)
+    parts = [
+        part.astype(dtype) * factor * _again(factor) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])
+    ]
     # x * 1 would flush subnormal numbers on some processors.
-    return jnp.where(scale == 1, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
+    return jnp.where(factor == 1, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
 
 
-def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
+def _summary(norms: list, thresholds: list, factors: list) -> list[jax.Array]:
     """Total norm, mean threshold, mean factor, share of blocks above their thresholds: f32[] each."""
     if not any(n.size for n in norms):
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
-    factors = [(scale * unit).astype(jnp.float32) for scale, unit in scales]
+    scales = [(factor * _again(factor)).astype(jnp.float32) for factor in factors]
     norms = [n.astype(jnp.float32) for n in norms]
     thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:
-        return [norms[0], thresholds[0], factors[0], above[0]]
+        return [norms[0], thresholds[0], scales[0], above[0]]
     rows = [
-        (*squares(n), jnp.broadcast_to(t, n.shape), factor, is_above)
-        for n, t, factor, is_above in zip(norms, thresholds, factors, above)
+        (*squares(n), jnp.broadcast_to(t, n.shape), scale, is_above)
+        for n, t, scale, is_above in zip(norms, thresholds, scales, above)
     ]
     low, high, *sums = total(rows)
     count = sum(n.size * math.prod(jax.lax.axis_size(name) for name in varying(n)) for n in norms)

@@ -18,42 +18,42 @@ class Packing(NamedTuple):
 
     def pack(self, arrays: Sequence) -> list[jax.Array]:
         """The packed arrays: vectors of the widest dtype of their scalars, then the other arrays."""
-        return [
-            jnp.stack([jnp.asarray(arrays[i], self._dtype(group)) for i in group])
-            if len(group) > 1
-            else arrays[group[0]]
-            for group in self.groups
-        ]
+        return [self._joined([arrays[i] for i in group], group) for group in self.groups]
 
-    def _dtype(self, group: tuple[int, ...]):
-        return jnp.result_type(*(self.dtypes[i] for i in group))
+    def _joined(self, arrays: list, group: tuple[int, ...]) -> jax.Array:
+        dtype = jnp.result_type(*{self.dtypes[i] for i in group})
+        return jnp.stack([jnp.asarray(array, dtype) for array in arrays]) if len(arrays) > 1 else arrays[0]
 
     def unpack(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
         """The list again. XLA sees through a `pack` that follows."""
         out: dict[int, jax.Array] = {}
         for group, array in zip(self.groups, packed):
-            out.update(zip(group, [array[j] for j in range(len(group))] if len(group) > 1 else [array]))
+            out.update(zip(group, _scalars(array) if len(group) > 1 else [array]))
         return [out[i].astype(dtype) for i, dtype in enumerate(self.dtypes)]
 
-    def unpack_to_kernels(self, packed: Sequence[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
-        """For each of the list a tuple, from tuples of packed arrays, for use in kernels over whole leaves.
+    def unpack_to_kernels(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
+        """The list again, of factors for use in kernels over whole leaves.
 
         XLA's CPU backend compiles a kernel once for all leaves of a shape, unless it reads another entry of a vector
         for each. A division is what it does not move into such kernels. In two steps, rows and then entries, most of
         the small kernels are alike too.
         """
-        out: dict[int, tuple] = {}
-        for group, arrays in zip(self.groups, packed):
-            columns = [_entries(array) for array in arrays] if len(group) > 1 else [[array] for array in arrays]
-            out.update(zip(group, zip(*columns)))
+        out: dict[int, jax.Array] = {}
+        for group, array in zip(self.groups, packed):
+            out.update(zip(group, _entries(array) if len(group) > 1 else [array]))
         return [out[i] for i in range(len(self.dtypes))]
 
 
 def _entries(vector: jax.Array) -> list[jax.Array]:
     width = math.isqrt(len(vector) - 1) + 1
-    ones = jnp.where(vector == -1, 2.0, 1.0).astype(vector.dtype)  # factors are not negative, but XLA does not know
+    ones = jnp.where(vector == -2, 2.0, 1.0).astype(vector.dtype)  # no factor is, but XLA does not know
     rows = [vector[k : k + width] / ones[k : k + width] for k in range(0, len(vector), width)]
-    return [row[j] / ones[0] for row in rows for j in range(len(row))]
+    one = ones[0]
+    return [entry / one for row in rows for entry in _scalars(row)]
+
+
+def _scalars(vector: jax.Array) -> list[jax.Array]:
+    return [jax.lax.index_in_dim(vector, j, keepdims=False) for j in range(len(vector))]
 
 
 def packing_of(arrays: Sequence[jax.Array], owners: Sequence[Hashable] | None = None) -> Packing:
