@@ -1,6 +1,7 @@
 """Gradient clipping for JAX, as composable Optax transformations."""
 
 from optax_clip._adaptive import adagc, adaptive_grad_clip, autoclip, clip_by_sigma, zclip
+from optax_clip._choosing import Replay, Suggestion, replay, suggest_threshold
 from optax_clip._clip_by_norm import ClipState, clip_by_norm
 from optax_clip._history import ema_ratio, quantile, sigma_window, z_score
 from optax_clip._metrics import clip_metrics
@@ -44,6 +45,11 @@ __all__ = [
     "ClipState",
     "ValueClipState",
     "SkipState",
+    # Choose a threshold
+    "replay",
+    "Replay",
+    "suggest_threshold",
+    "Suggestion",
     # Build a clip: norm x threshold x response
     "clip_by_norm",
     "global_norm",

@@ -115,6 +115,27 @@ def static_int(value: Any, *, caller: str, name: str, low: int) -> int:
     return operator.index(value)
 
 
+def norms(value: Any, *, caller: str) -> np.ndarray:
+    """A vector of recorded norms in f64, NaN and inf included."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{caller}: norms must be real numbers, got dtype {array.dtype}. Pass a list or an array of them."
+        )
+    if array.ndim != 1:
+        raise ValueError(
+            f"{caller}: norms must be a vector with an entry a step, got an array of shape {array.shape}. "
+            "Pass the norms of one block."
+        )
+    array = array.astype(np.float64)
+    if (array < 0).any():
+        raise ValueError(
+            f"{caller}: norms must be >= 0, got {array[array < 0][0]:g} at step {int(np.argmax(array < 0))}. "
+            "Pass norms, not logarithms or losses."
+        )
+    return array
+
+
 def choice(value: Any, *, caller: str, name: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{caller}: {name} must be one of {choices}, got {_show(value)}. Pass one of these strings.")

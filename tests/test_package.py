@@ -30,6 +30,7 @@ ORDER = [
     "_values",
     "_wrappers",
     "_metrics",
+    "_choosing",
 ]
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
