@@ -1,5 +1,12 @@
 """Gradient clipping for JAX, as composable Optax transformations."""
 
+import gc as _gc
+
+# What an import makes lives for good. A collection amid it would walk through all objects of jax, and find nothing, for
+# longer than the import takes.
+_collecting = _gc.isenabled()
+_gc.disable()
+
 from optax_clip._adaptive import adagc, adaptive_grad_clip, autoclip, clip_by_sigma, zclip
 from optax_clip._choosing import Replay, Suggestion, replay, suggest_threshold
 from optax_clip._clip_by_norm import ClipState, clip_by_norm
@@ -18,6 +25,9 @@ from optax_clip._responses import normalize, shrink, smooth, tanh
 from optax_clip._thresholds import Threshold, minimum, param_fraction, per_block, scheduled
 from optax_clip._values import ValueClipState, clip, clip_by_value
 from optax_clip._wrappers import SkipState, skip_spikes
+
+if _collecting:
+    _gc.enable()
 
 __version__ = "0.1.0"
 

@@ -60,8 +60,8 @@ def quantile(percentile: Any = 10.0, window: int = 1024) -> Threshold:
     window = _checks.static_int(window, caller="quantile", name="window", low=1)
 
     def init():
-        zeros = [jnp.zeros([window], jnp.float32) for _ in range(2)]
-        return QuantileState(*zeros, jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+        zeros = lambda: jnp.zeros([window], jnp.float32)
+        return QuantileState(zeros(), zeros(), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update(norm, state):
         # Zeros stand for norms that are still missing: they are the smallest, and leave first.
@@ -94,7 +94,7 @@ def _shifted(x: jax.Array, edge: float, by: int = 1) -> jax.Array:
 class ZScoreState(NamedTuple):
     """The statistics of `z_score`, for one block."""
 
-    count: jax.Array  # i32[]: norms seen, saturates
+    seen: jax.Array  # i32[]: norms so far, saturates
     mean: jax.Array  # f32[]: of the norms, in warm-up plain, then exponential with spikes replaced
     deviation: jax.Array  # f32[]: the standard deviation, likewise
 
@@ -155,8 +155,8 @@ def z_score(
 
     def update(norm, state):
         most, keep = cast(z_max, jnp.float32), cast(decay, jnp.float32)
-        count, mean, deviation = state
-        warm = (count < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | ((mean == 0) & (deviation == 0))
+        seen, mean, deviation = state
+        warm = (seen < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | ((mean == 0) & (deviation == 0))
         limit = mean + most * deviation
         bound = limit if spike == "limit" else mean + most * (deviation + 1e-6)
         above = norm > bound
@@ -169,14 +169,14 @@ def z_score(
         }[spike]
         threshold = jnp.where(above, target, bound)
         # Deviations rather than variances: squares would leave the range of f32.
-        n = (count + 1).astype(jnp.float32)
+        n = (seen + 1).astype(jnp.float32)
         first_mean = mean + (norm - mean) / n
         first_deviation = jnp.hypot(deviation, (norm - mean) / jnp.sqrt(n)) * jnp.sqrt((n - 1) / n)
         x = jnp.minimum(norm, threshold)
         next_mean = mean + (1 - keep) * (x - mean)
         next_deviation = jnp.hypot(jnp.sqrt(keep) * deviation, jnp.sqrt(1 - keep) * (x - next_mean))
         return jnp.where(warm, jnp.inf, threshold), ZScoreState(
-            jnp.asarray(optax.safe_increment(count)),
+            jnp.asarray(optax.safe_increment(seen)),
             jnp.where(warm, first_mean, next_mean),
             jnp.where(warm, first_deviation, next_deviation),
         )
@@ -187,7 +187,7 @@ def z_score(
 class EmaRatioState(NamedTuple):
     """The reference of `ema_ratio`, for one block."""
 
-    count: jax.Array  # i32[]: norms seen, saturates
+    seen: jax.Array  # i32[]: norms so far, saturates
     mean: jax.Array  # f32[]: in warm-up the smallest norm after clipping, then their exponential average; 0: none yet
 
 
@@ -236,7 +236,7 @@ def ema_ratio(max_norm: Any = 1.0, max_ratio: Any = 1.05, decay: Any = 0.98, war
         _checks.scalar(value, caller="ema_ratio", name=name, low=0.0, high=high, kinds=_NUMBER)
 
     def in_warmup(state):
-        return (state.count < cast(warmup_steps, jnp.float32)) | (state.mean == 0)
+        return (state.seen < cast(warmup_steps, jnp.float32)) | (state.mean == 0)
 
     def init():
         return EmaRatioState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
@@ -248,7 +248,7 @@ def ema_ratio(max_norm: Any = 1.0, max_ratio: Any = 1.05, decay: Any = 0.98, war
         smallest = jnp.where((state.mean == 0) | ((x > 0) & (x < state.mean)), x, state.mean)
         average = state.mean + (1 - cast(decay, jnp.float32)) * (x - state.mean)
         return threshold, EmaRatioState(
-            jnp.asarray(optax.safe_increment(state.count)), jnp.where(warm, smallest, average)
+            jnp.asarray(optax.safe_increment(state.seen)), jnp.where(warm, smallest, average)
         )
 
     def total_norm(norms):

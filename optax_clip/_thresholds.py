@@ -239,7 +239,7 @@ def minimum(*thresholds: Any) -> Threshold:
     threshold_b = min over i of thresholds[i]_b;  NaN where one of them is
 
     Args:
-      *thresholds: at least one, each a number, traced scalar, schedule, `Threshold`, Optax transformation or None.
+      thresholds: at least one, each a number, traced scalar, schedule, `Threshold`, Optax transformation or None.
 
     Returns:
       A `Threshold` with a tuple of the states of all. Each sees the norms before clipping.
@@ -300,7 +300,8 @@ def as_threshold(value: Any, *, caller: str, name: str) -> Threshold:
     if value is None:
         return constant(math.inf)
     if isinstance(value, optax.GradientTransformation):
-        return per_block(lambda: value.init(jnp.zeros([], jnp.float32)), lambda norm, state: value.update(norm, state))
+        update: Any = value.update
+        return per_block(lambda: value.init(jnp.zeros([], jnp.float32)), lambda norm, state: update(norm, state))
     if callable(value) and _checks.is_leaf(value):
         return _scheduled(value, f"{caller}: {name}")
     _checks.scalar(

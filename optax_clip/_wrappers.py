@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import Literal
+from jax.core import eval_jaxpr
 
 from optax_clip._checks import is_transformation
 from optax_clip._clip_by_norm import ClipState, norm_clip
@@ -71,21 +71,21 @@ def skip_spikes(
             f"skip_spikes: inner must be an Optax transformation, got {type(inner).__name__}. "
             "For example: skip_spikes(optax.adamw(1e-3), 10.0)."
         )
-    inner = optax.with_extra_args_support(inner)
+    update_inner = optax.with_extra_args_support(inner).update
     # Its updates are not used, so the compiler drops them.
-    watch = norm_clip(
+    watch: Any = norm_clip(
         global_norm if norm is None else norm, threshold, _zero_above, caller="skip_spikes", name="threshold"
     )
 
     def init_fn(params):
-        counters = [jnp.zeros([], jnp.int32) for _ in range(2)]
-        return SkipState(*counters, watch.init(params), inner.init(params))
+        zero = lambda: jnp.zeros([], jnp.int32)
+        return SkipState(zero(), zero(), watch.init(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         _, measured = watch.update(updates, state.measured, params)
         skip = ~(jnp.isfinite(measured.norm) & (measured.scale == 1))
         new_updates, inner_state = _unless(
-            skip, lambda inner_state: inner.update(updates, inner_state, params, **extra_args), state.inner_state
+            skip, lambda inner_state: update_inner(updates, inner_state, params, **extra_args), state.inner_state
         )
         select = lambda new, old: jnp.where(skip, old, new)
         measured = measured._replace(rule=jax.tree.map(select, measured.rule, state.measured.rule))
@@ -123,14 +123,14 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
     jaxpr = program.jaxpr
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *old]))
     new = jaxpr.outvars[len(shapes) :]
-    before = {x: o for x, o in zip(new, old) if not isinstance(x, Literal) and x not in known}
+    before = {x: o for x, o in zip(new, old) if _is_var(x) and x not in known}
     used = {x for atoms in ([e.invars for e in jaxpr.eqns], [jaxpr.outvars]) for xs in atoms for x in xs if _is_var(x)}
     for equation in jaxpr.eqns:
         inputs = list(dict.fromkeys(filter(_is_var, equation.invars)))
         outputs = [x for x in equation.outvars if x in used]
         names = jaxpr.debug_info.with_unknown_names()
         one = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[equation], debug_info=names)
-        for x, value in zip(outputs, jax.core.eval_jaxpr(one, (), *(known[i] for i in inputs))):
+        for x, value in zip(outputs, eval_jaxpr(one, (), *(known[i] for i in inputs))):
             known[x] = jnp.where(skip, before[x], value) if x in before else value
     values = [known[x] if _is_var(x) else x.val for x in jaxpr.outvars]
     zeroed = iter([jnp.where(skip, 0, value) for value in values[: len(shapes)]])
@@ -143,7 +143,7 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
 
 
 def _is_var(x: Any) -> bool:
-    return not isinstance(x, Literal)
+    return not hasattr(x, "val")  # as literals of a program have
 
 
 def _is_number(leaf: Any) -> bool:
