@@ -29,6 +29,10 @@ CLIPS = {
     "clip_by_block_rms": optax_clip.clip_by_block_rms(1.0),
     "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
     "adaptive_grad_clip": optax_clip.adaptive_grad_clip(0.01),
+    "autoclip": optax_clip.autoclip(),
+    "zclip": optax_clip.zclip(),
+    "adagc": optax_clip.adagc(),
+    "clip_by_sigma": optax_clip.clip_by_sigma(),
     "optax.clip": optax.clip(0.01),
     "clip": optax_clip.clip(0.01),
 }

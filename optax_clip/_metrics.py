@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from optax_clip._clip_by_norm import ClipState
+from optax_clip._wrappers import SkipState
 
 
 def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
@@ -21,7 +22,7 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
       `{"clip/norm": ..., "clip/threshold": ..., "clip/scale": ..., "clip/clip_rate": ...}`, f32[] each: the norm
       *before* clipping (so it may exceed the threshold), the mean threshold and scale over blocks, and the running
       mean over steps of the share of blocks above their threshold. With several clips the path of each stands
-      between: `clip/0/norm`.
+      between: `clip/0/norm`. `skip_spikes` adds `clip/total_skipped` and `clip/consecutive_skipped`, i32[] each.
 
     Raises:
       ValueError: there is no norm clip in the state.
@@ -33,20 +34,31 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
       >>> {name: round(float(value), 3) for name, value in clip_metrics(state).items()}
       {'clip/norm': 5.0, 'clip/threshold': 1.0, 'clip/scale': 0.2, 'clip/clip_rate': 1.0}
     """
-    found = [
-        (path, node)
-        for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, ClipState))
-        if isinstance(node, ClipState)
-    ]
-    if not found:
+    clips = _states(opt_state, ClipState)
+    if not clips:
         raise ValueError(
             f"clip_metrics: found no ClipState in opt_state, a {type(opt_state).__name__}. Pass the state of an "
             "optimizer with a norm clip in it; clips of single entries (clip, clip_by_value) measure nothing, and "
             "clip_by_global_norm(None) measures without clipping."
         )
+    fields = ("norm", "threshold", "scale", "clip_rate"), ("total_skipped", "consecutive_skipped")
     metrics = {}
-    for path, state in found:
-        name = jax.tree_util.keystr(path, simple=True, separator="/") if len(found) > 1 else ""
-        for field in ("norm", "threshold", "scale", "clip_rate"):
-            metrics["/".join(filter(None, (prefix, name, field)))] = getattr(state, field)
+    for found, names in zip((clips, _states(opt_state, SkipState)), fields):
+        for path, state in found:
+            where = jax.tree_util.keystr(path, simple=True, separator="/") if len(found) > 1 else ""
+            for name in names:
+                metrics["/".join(filter(None, (prefix, where, name)))] = getattr(state, name)
     return metrics
+
+
+def _states(tree: Any, kind: type, above: tuple = ()) -> list[tuple[tuple, Any]]:
+    """The states of a kind in a tree, with their paths; also those inside of others of that kind."""
+    is_state = lambda x: isinstance(x, kind)
+    states = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state):
+        if is_state(node):
+            here = (*above, *path)
+            states.append((here, node))
+            for name in node._fields:
+                states += _states(getattr(node, name), kind, (*here, jax.tree_util.GetAttrKey(name)))
+    return states

@@ -228,3 +228,17 @@ def test_reading_metrics_adds_no_work(clip):
     expected = count(plain)
     assert expected["reduce"] > 0
     assert count(measured) == expected
+
+
+def test_skipped_steps_are_counted():
+    """`skip_spikes` adds its counters, with a path where there are several."""
+    tx = oc.skip_spikes(optax.sgd(1.0), 1.0)
+    metrics = after(tx, [GRADS, jax.tree.map(lambda x: x / 10, GRADS), GRADS, GRADS])
+    assert metrics.keys() == names("clip") | {"clip/total_skipped", "clip/consecutive_skipped"}
+    assert metrics["clip/total_skipped"] == 3 and metrics["clip/consecutive_skipped"] == 2
+    assert metrics["clip/scale"] == 0 and metrics["clip/clip_rate"] == 0.75
+    tx = oc.skip_spikes(optax.chain(oc.clip_by_global_norm(1.0), optax.sgd(1.0)))
+    counters = {"clip/total_skipped", "clip/consecutive_skipped"}
+    assert after(tx, [GRADS]).keys() == names("clip/measured", "clip/inner_state/0") | counters
+    nested = after(oc.skip_spikes(oc.skip_spikes(optax.sgd(1.0))), [GRADS])
+    assert {"clip/total_skipped", "clip/inner_state/total_skipped"} <= nested.keys()
