@@ -19,6 +19,7 @@ import trees
 
 import optax_clip
 
+ADAM = optax.adamw(1e-3)
 CLIPS = {
     "bare": optax.identity(),
     "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
@@ -37,16 +38,38 @@ CLIPS = {
     "clip": optax_clip.clip(0.01),
 }
 
+OPTIMIZERS = {name: optax.chain(clip, ADAM) for name, clip in CLIPS.items()} | {
+    "skip_spikes": optax_clip.skip_spikes(ADAM, 1e3),
+    "skip_spikes, global": optax_clip.skip_spikes(optax.chain(optax_clip.clip_by_global_norm(1.0), ADAM), 1e3),
+}
 
-def compiled(clip, adam, params, adam_state, grads):
+
+def is_adam(x) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def without_adam(state):
+    """The state with None for that of Adam, which all steps share."""
+    return jax.tree.map(lambda x: None if is_adam(x) else x, state, is_leaf=is_adam)
+
+
+def with_adam(rest, adam_state):
+    return jax.tree.map(lambda x: adam_state if x is None else x, rest, is_leaf=lambda x: x is None)
+
+
+def adam_of(state):
+    (found,) = filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam))
+    return found
+
+
+def compiled(optimizer, params, adam_state, grads):
     """The step as a program that updates its arguments in place, and the seconds that it took to get it."""
 
-    def step(params, adam_state, clip_state, grads):
-        updates, clip_state = clip.update(grads, clip_state, params)
-        updates, adam_state = adam.update(updates, adam_state, params)
-        return optax.apply_updates(params, updates), adam_state, clip_state
+    def step(params, adam_state, rest, grads):
+        updates, state = optimizer.update(grads, with_adam(rest, adam_state), params)
+        return optax.apply_updates(params, updates), adam_of(state), without_adam(state)
 
-    arguments = params, adam_state, clip.init(params), grads
+    arguments = params, adam_state, without_adam(optimizer.init(params)), grads
     start = time.perf_counter()
     program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
     return program, time.perf_counter() - start
@@ -58,19 +81,18 @@ def measure(tree: str, names: list[str], rounds: int) -> None:
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     print(f"\n{tree}: {len(jax.tree.leaves(params))} leaves, {size / 4e6:.1f} M parameters in f32", flush=True)
     print(f"{'':28} {'step':>6} {'quartiles':>13} {'scratch':>9} {'compile':>8}")
-    adam = optax.adamw(1e-3)
     params = jax.tree.map(jnp.copy, params)
-    adam_state = jax.jit(adam.init)(params)
-    compiled(CLIPS["bare"], adam, params, adam_state, grads)  # warm-up
-    programs = {name: compiled(CLIPS[name], adam, params, adam_state, grads) for name in names}
-    states = {name: CLIPS[name].init(params) for name in names}
+    adam_state = adam_of(jax.jit(ADAM.init)(params))
+    compiled(OPTIMIZERS["bare"], params, adam_state, grads)  # warm-up
+    programs = {name: compiled(OPTIMIZERS[name], params, adam_state, grads) for name in names}
+    rests = {name: without_adam(OPTIMIZERS[name].init(params)) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in random.sample(names, len(names)):
             for _ in range(2):  # the first run after another program pays for what that left behind
                 start = time.perf_counter()
-                params, adam_state, states[name] = programs[name][0](params, adam_state, states[name], grads)
-                jax.block_until_ready((params, adam_state, states[name]))
+                params, adam_state, rests[name] = programs[name][0](params, adam_state, rests[name], grads)
+                jax.block_until_ready((params, adam_state, rests[name]))
                 seconds = time.perf_counter() - start
             times[name].append(seconds)
     for name in names:
@@ -86,13 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", choices=[*trees.TREES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--clips", nargs="*", default=list(CLIPS), help="names from the table; bare is always measured")
+    parser.add_argument(
+        "--names", nargs="*", default=list(OPTIMIZERS), help="names from the table; bare is always measured"
+    )
     arguments = parser.parse_args()
     print(
         f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; relative to the bare step"
     )
     for tree in trees.TREES if arguments.tree == "all" else [arguments.tree]:
-        measure(tree, ["bare", *(name for name in arguments.clips if name != "bare")], arguments.rounds)
+        measure(tree, ["bare", *(name for name in arguments.names if name != "bare")], arguments.rounds)
 
 
 if __name__ == "__main__":
