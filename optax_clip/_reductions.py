@@ -168,7 +168,7 @@ def _pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:
     peaks = jax.lax.pmax(jax.lax.stop_gradient(arrays), names)
     held = [((a == peak) & jnp.isfinite(a)).astype(a.dtype) for a, peak in zip(arrays, peaks)]
     moves = [jnp.where(h == 1, a - jax.lax.stop_gradient(a), 0.0) for h, a in zip(held, arrays)]
-    moves, counts = jax.lax.psum((moves, held), names)
+    moves, counts = jax.lax.psum(moves, names), jax.lax.psum(jax.lax.stop_gradient(held), names)
     return [peak + move / jnp.maximum(count, 1) for peak, move, count in zip(peaks, moves, counts)]
 
 
