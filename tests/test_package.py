@@ -31,6 +31,8 @@ ORDER = [
     "_wrappers",
     "_metrics",
     "_choosing",
+    "plot",
+    "__main__",
 ]
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
@@ -101,8 +103,9 @@ def test_imports_point_up_the_list(module):
 
 @pytest.mark.parametrize("module", [*MODULES, "__init__"])
 def test_dependencies(module):
-    """At run time the package needs jax, numpy, optax and the standard library."""
+    """At run time the package needs jax, numpy, optax and the standard library; figures need matplotlib."""
     allowed = {"jax", "jaxlib", "numpy", "optax", "optax_clip"} | sys.stdlib_module_names
+    allowed |= {"matplotlib"} if module in ("plot", "__main__") else set()
     assert {package for package, _ in imports(module)} <= allowed
 
 
@@ -157,6 +160,15 @@ def test_fields_of_states_are_described(name):
 
 
 # Cost of the import
+
+
+def test_import_leaves_figures_alone():
+    """The package does not import its plots, nor matplotlib."""
+    program = "import sys, optax_clip; print({'matplotlib', 'optax_clip.plot'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=FOLDER.parent
+    )
+    assert done.stdout == "set()\n"
 
 
 def test_import_is_quick():
