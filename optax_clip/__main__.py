@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from optax_clip import _checks
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         norms = read(args.norms, args.key)
-        with np.errstate(over="ignore"):  # norms above the range of f32 are inf
+        with np.errstate(all="ignore"):  # norms above the range of f32 are inf
             found = suggest_threshold(norms)
             clips = {f"clip_by_global_norm({found.threshold:.3g})": clip_by_global_norm(found.threshold)} | ADAPTIVE
-            replays = {label: Replay(*map(np.asarray, replay(clip, norms))) for label, clip in clips.items()}
+            replays = {label: jax.tree.map(np.asarray, replay(clip, norms)) for label, clip in clips.items()}
         print(table(found, replays), found.basis, sep="\n\n")
         if not args.no_figure:
             print(figure(norms, replays, args.out or args.norms.with_suffix(".png")))
@@ -61,10 +62,10 @@ def table(found: Suggestion, replays: dict[str, Replay]) -> str:
     rows = [("clip_by_global_norm", bound, fixed[bound], mark.get(bound, "")) for bound in sorted(fixed)]
     for label in ADAPTIVE:
         seen = replays[label]
-        bounds = seen.threshold[~np.isnan(seen.threshold)][-100:]
-        rows.append(
-            (label, np.median(bounds), seen.clipped.sum() / np.isfinite(seen.norm).sum(), "  (median at the end)")
-        )
+        bounds = seen.threshold[~np.isnan(seen.threshold)][-100:].astype(np.float64)
+        bound = float(np.median(bounds)) if bounds.size else math.nan
+        rate = seen.clipped.sum() / max(np.isfinite(seen.norm).sum(), 1)
+        rows.append((label, bound, rate, "  (median at the end)"))
     lines = [f"{label:<20}{bound:>11.4g}{rate:>11.2%}{note}" for label, bound, rate, note in rows]
     return "\n".join([f"{'clip':<20}{'threshold':>11}{'clipped':>11}", *lines])
 

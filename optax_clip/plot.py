@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from optax_clip import _checks
@@ -125,7 +126,7 @@ def _replays(norms: np.ndarray, clips: Any) -> dict[Any, Replay]:
                 f"thresholds: clips must map labels to norm clips, got {type(given).__name__} for {label!r}. "
                 'For example: {"zclip": zclip()}.'
             )
-        seen = Replay(*map(np.asarray, given if isinstance(given, Replay) else replay(given, norms)))
+        seen = jax.tree.map(np.asarray, given if isinstance(given, Replay) else replay(given, norms))
         if seen.norm.shape != norms.shape:
             raise ValueError(
                 f"thresholds: the Replay for {label!r} must have an entry for each of {norms.size} norms, got shape "
@@ -135,7 +136,7 @@ def _replays(norms: np.ndarray, clips: Any) -> dict[Any, Replay]:
     return found
 
 
-def _draw(ax: Axes, label: Any, seen: Replay, limits: tuple[float, float]) -> dict[str, Any]:
+def _draw(ax: Axes, label: Any, seen: Any, limits: tuple[float, float]) -> dict[str, Any]:
     """Draws one clip, and returns its lines by name."""
     finite = np.isfinite(seen.norm)
     everywhere = np.ones(finite.size, bool)
@@ -146,15 +147,16 @@ def _draw(ax: Axes, label: Any, seen: Replay, limits: tuple[float, float]) -> di
         "threshold": (_extremes(seen.threshold, ~np.isnan(seen.threshold), _BINS), seen.threshold),
         "not finite": (_extremes(everywhere, ~finite, _MARKER_BINS), 0.96 * everywhere),
     }
-    lines = {}
+    lines: dict[str, Any] = {}
     for name, (steps, values) in drawn.items():
-        look = _LOOKS[name]
+        look: dict[str, Any] = _LOOKS[name]
         if len(steps) == 1:  # a line through one point would not be seen
-            look = {"marker": "."} | look
+            look = look if "marker" in look else look | {"marker": "."}
         if name == "not finite":  # at a height of the axes, not of the data
-            look = {"transform": ax.get_xaxis_transform()} | look
+            look = look | {"transform": ax.get_xaxis_transform()}
         (lines[name],) = ax.plot(steps, values[steps], **look)
-    ax.set(yscale="log", ylim=limits, xlim=_margin(0, len(seen.norm) - 1), xlabel="step")
+    # Limits before the scale: matplotlib would look for its own, and warn where no norm is above 0.
+    ax.set(ylim=limits, yscale="log", xlim=_margin(0, len(seen.norm) - 1), xlabel="step")
     ax.locator_params(axis="x", nbins=5)
     ax.set_title(f"{label}\n{_percent(seen.clipped.sum() / max(finite.sum(), 1))} clipped")
     return lines
@@ -174,7 +176,7 @@ def _extremes(values: np.ndarray, where: np.ndarray, bins: int) -> np.ndarray:
     return steps[~np.isnan(padded[steps])]
 
 
-def _limits(replays: list[Replay]) -> tuple[float, float]:
+def _limits(replays: list[Any]) -> tuple[float, float]:
     """Limits for all norms, and for the thresholds as far as three decades from them, with room for the legend."""
     inside = lambda values: values[np.isfinite(values) & (values > 0)].astype(np.float64)
     norms = inside(np.concatenate([seen.norm for seen in replays]))
