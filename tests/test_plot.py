@@ -2,6 +2,7 @@
 
 import functools
 import io
+import pathlib
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 import optax_clip as oc
 from optax_clip import plot
 
+ROOT = pathlib.Path(oc.__file__).parents[1]
 CLIPS = {
     "fixed": oc.clip_by_global_norm(1.5),
     "zclip": oc.zclip(),
@@ -25,6 +27,7 @@ CLIPS = {
     "adagc": oc.adagc(),
     "sigma": oc.clip_by_sigma(),
 }
+ZERO = oc.clip_by_global_norm(0.0)
 NAMES = ["norm", "clipped", "threshold", "not finite"]  # in the order they are drawn
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
 NAN, INF = float("nan"), float("inf")
@@ -56,7 +59,7 @@ def points(line) -> tuple[np.ndarray, np.ndarray]:
 
 def render(ax: Axes) -> bytes:
     file = io.BytesIO()
-    ax.figure.savefig(file, format="png")
+    ax.figure.savefig(file, format="png", dpi=50)
     return file.getvalue()
 
 
@@ -179,18 +182,15 @@ def test_extremes_of_any_length(steps):
         [0.0],
         [NAN],
         [INF, NAN],
-        [0.0, 0.0],
         [1.0, NAN, 1.0],
         [1e-38, 3e38],
         np.zeros(3000),
-        np.full(3000, NAN),
-        np.arange(9),
     ],
     ids=lambda norms: f"{norms[0]} {len(norms)}",
 )
 def test_odd_logs_render(norms):
     """Single steps, zeros, logs without a finite norm and norms over the whole range of f32 can be drawn."""
-    axes = draw(norms, {"fixed": oc.clip_by_global_norm(1.0), "zero": oc.clip_by_global_norm(0.0), "z": oc.zclip()})
+    axes = draw(norms, {"zero": ZERO, "zclip": CLIPS["zclip"]})
     assert render(axes[0]).startswith(b"\x89PNG")
 
 
@@ -215,7 +215,7 @@ def test_axes_given_are_used_and_nothing_else():
         assert "matplotlib.pyplot" not in sys.modules
         assert dict(matplotlib.rcParams.copy()) == before
     """
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("shape", [tuple, list, np.asarray, lambda axes: axes[0]])
@@ -275,7 +275,7 @@ def test_error_messages(case):
 def test_without_matplotlib():
     """Without matplotlib the import says what to install."""
     program = "import sys; sys.modules['matplotlib'] = None; import optax_clip, optax_clip.plot"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0
     assert (
         'ImportError: optax_clip.plot: matplotlib is missing. Figures need it. Run pip install "optax_clip[plot]".'
