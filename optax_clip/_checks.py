@@ -117,7 +117,10 @@ def static_int(value: Any, *, caller: str, name: str, low: int) -> int:
 
 def norms(value: Any, *, caller: str) -> np.ndarray:
     """A vector of recorded norms in f64, NaN and inf included."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{caller}: norms must be a vector, got {_show(value)}. Pass a number a step.") from None
     if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{caller}: norms must be real numbers, got dtype {array.dtype}. Pass a list or an array of them."

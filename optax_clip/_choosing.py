@@ -1,6 +1,7 @@
 """Choosing a threshold from norms that were recorded."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ class Replay(NamedTuple):
 
     norm: jax.Array  # f32[steps]: before clipping
     threshold: jax.Array  # f32[steps]: NaN where the norm is not finite and the clip adapts
-    scale: jax.Array  # f32[steps]: 1 where nothing was clipped, NaN where the norm is not finite
+    scale: jax.Array  # f32[steps]: 1 where nothing changed, NaN where the norm is not finite
     clipped: jax.Array  # bool[steps]: norm > threshold; False where the norm is not finite
 
 
@@ -34,8 +35,8 @@ def replay(clip: optax.GradientTransformation, norms: Any) -> Replay:
       `Replay`: norm, threshold and scale, f32[steps], and clipped, bool[steps].
 
     Raises:
-      ValueError: `norms` is not a vector, or holds a negative number; `clip` has not exactly one norm to compare, or
-        its threshold depends on the parameters.
+      ValueError: `norms` is not a vector, or holds a negative number; `clip` is not one norm clip by itself, or its
+        threshold depends on the parameters or on the leaf.
       TypeError: an argument is of the wrong kind.
 
     Guarantees:
@@ -50,35 +51,31 @@ def replay(clip: optax.GradientTransformation, norms: Any) -> Replay:
         raise TypeError(
             f"replay: clip must be a norm clip, got {type(clip).__name__}. For example: replay(zclip(), norms)."
         )
-    return _replay(jnp.asarray(_checks.norms(norms, caller="replay"), jnp.float32), clip=clip)
+    values = _checks.norms(norms, caller="replay")
+    with np.errstate(over="ignore"):  # above the largest f32 a norm is inf
+        return _replay(jnp.asarray(values.astype(np.float32)), clip=clip)
 
 
 @functools.partial(jax.jit, static_argnames="clip")
 def _replay(norms: jax.Array, *, clip: optax.GradientTransformation) -> Replay:
     def step(state, norm):
-        try:
-            _, state = clip.update(norm, state)
-        except ValueError as error:
-            raise ValueError(
-                f"replay: the clip cannot run on norms alone. {error} Replay clips whose threshold is a number, a "
-                "schedule or a rule over norms."
-            ) from error
-        (measured,) = _clip_states(state)
-        above = (measured.norm > measured.threshold) & jnp.isfinite(measured.norm)
-        return state, Replay(measured.norm, measured.threshold, measured.scale, above)
+        _, state = clip.update(norm, state)
+        above = (state.norm > state.threshold) & jnp.isfinite(state.norm)
+        return state, Replay(state.norm, state.threshold, state.scale, above)
 
-    state = clip.init(jnp.zeros([], jnp.float32))
-    if len(_clip_states(state)) != 1:
+    try:
+        state = clip.init(jnp.zeros([], jnp.float32))
+        if isinstance(state, ClipState):
+            return jax.lax.scan(step, state, norms)[1]
+    except ValueError as error:
         raise ValueError(
-            f"replay: clip must hold exactly one norm clip, got {len(_clip_states(state))}. "
-            "Replay them one by one, or put their rules into one clip with minimum."
-        )
-    return jax.lax.scan(step, state, norms)[1]
-
-
-def _clip_states(state: Any) -> list[ClipState]:
-    is_state = lambda x: isinstance(x, ClipState)
-    return [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
+            f"replay: the clip cannot run on norms alone. {error} Replay clips with one threshold: a number, a "
+            "schedule, or a rule over norms."
+        ) from error
+    raise ValueError(
+        f"replay: clip must be one norm clip, got one with the state {type(state).__name__}. Of a chain or a wrapper "
+        "replay the clips in it one by one; minimum puts several rules into one clip."
+    )
 
 
 class Suggestion(NamedTuple):
@@ -118,7 +115,7 @@ def suggest_threshold(norms: Any) -> Suggestion:
       >>> print(round(found.threshold, 3), round(found.clip_rate, 3))
       1.2 0.111
       >>> print(found.basis)
-      9 finite norms, 1 more not finite and left out. 1 of them above 1.27, the fence of the bulk. Only a few norms.
+      Rests on 9 finite norms, without 1 norm not finite. 1 norm above the bulk, which ends at 1.2. Few to go by.
 
     References:
       Tukey, Exploratory data analysis, 1977.
@@ -131,9 +128,9 @@ def suggest_threshold(norms: Any) -> Suggestion:
             f"suggest_threshold: norms has no finite number above 0 among {values.size}. At least one is required. "
             "Record norms with clip_by_global_norm(None) and clip_metrics."
         )
-    low, high = np.percentile(positive, [25, 75])
-    fence = high * (high / low) ** 1.5
-    threshold = positive[positive <= fence].max()
+    low, high = np.percentile(np.log(positive), [25, 75])
+    fence = np.exp(min(high + 1.5 * (high - low), np.log(positive.max())))
+    threshold = positive[positive <= fence * (1 + 1e-12)].max()  # not below the largest by a rounding
     candidates = np.percentile(finite, _PERCENTILES)
     rate = lambda bound: float(np.mean(finite > bound))
     return Suggestion(
@@ -141,20 +138,26 @@ def suggest_threshold(norms: Any) -> Suggestion:
         rate(threshold),
         candidates,
         np.array([rate(candidate) for candidate in candidates]),
-        _basis(values, finite, fence),
+        _basis(values, finite, threshold),
     )
 
 
-def _basis(values: np.ndarray, finite: np.ndarray, fence: float) -> str:
-    lost = values.size - finite.size
-    text = f"{finite.size} finite norms" + (f", {lost} more not finite and left out" if lost else "")
-    text += f". {np.sum(finite > fence)} of them above {fence:.3g}, the fence of the bulk."
-    if finite.size < 100:
-        return text + " Only a few norms."
-    first, last = (np.median(half) for half in np.array_split(finite, 2))
-    if first > 0 and not 2 / 3 < last / first < 1.5:
+def _basis(values: np.ndarray, finite: np.ndarray, threshold: float) -> str:
+    lost, zeros, outside = values.size - finite.size, int(np.sum(finite == 0)), int(np.sum(finite > threshold))
+    text = f"Rests on {_counted(finite.size, 'finite norm')}"
+    text += f", without {_counted(lost, 'norm')} not finite" if lost else ""
+    text += f", {zeros} of them 0" if zeros else ""
+    text += f". {_counted(outside, 'norm')} above the bulk, which ends at {threshold:.3g}."
+    if finite.size - zeros < 100:
+        return text + " Few to go by."
+    first, last = (np.median(np.log(half)) for half in np.array_split(finite[finite > 0], 2))
+    if abs(last - first) > math.log(1.5):
         text += (
-            f" They drift: the median of the second half is {last / first:.2g} times that of the first. "
+            f" The norms drift: the median of the second half is {math.exp(last - first):.2g} times that of the first. "
             "A threshold that adapts fits better, such as zclip or clip_by_sigma."
         )
     return text
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

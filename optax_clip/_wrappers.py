@@ -31,7 +31,7 @@ def skip_spikes(
     norm > threshold, or not finite: updates ← 0, state of `inner` as it was;  else: updates ← inner(updates)
 
     A clipped spike still moves the averages of an optimizer like Adam; a skipped one leaves no trace. Goes around the
-    optimizer: `skip_spikes(optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)), z_score())`.
+    optimizer: `skip_spikes(optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)), z_score(z_max=6.0))`.
 
     Args:
       inner: the optimizer, or any transformation.
@@ -50,7 +50,8 @@ def skip_spikes(
     Guarantees:
       In a skipped step, the state of `inner` keeps every bit, counters and random keys included, and every floating,
       complex and integer update is 0. The selection is part of the kernels that write the state: no copy of it.
-      Where norms stay above the threshold for good, every step is skipped: watch `clip/consecutive_skipped`.
+      Where norms have grown above the threshold for good, every step is skipped, and a rule does not see it: choose
+      thresholds far above the usual, and watch `clip/consecutive_skipped`.
 
     Example:
       >>> tx = skip_spikes(optax.sgd(1.0), 10.0)

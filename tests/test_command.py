@@ -231,7 +231,7 @@ def test_table(tmp_path, capsys):
         assert shown == name and bound == f"{np.nanmedian(seen.threshold[-100:]):.4g}"
         assert rate == f"{np.sum(seen.clipped) / 298:.2%}"
     assert out.split("\n\n")[1] == found.basis + "\n"
-    assert "298 finite norms, 2 more not finite" in found.basis
+    assert "298 finite norms, without 2 norms not finite" in found.basis
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
