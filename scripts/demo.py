@@ -87,6 +87,13 @@ def loss_of(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels).mean()
 
 
+@jax.jit
+def accuracy_of(params, data):
+    """Share of the test images classified right, for each seed of the parameters."""
+    images, labels = data["test"]
+    return jax.vmap(lambda params: (logits(params, images).argmax(axis=1) == labels).mean())(params)
+
+
 def first_carry(optimizer, seed):
     """What training with this seed starts from: key, parameters, optimizer state."""
     key, params_key = jax.random.split(jax.random.key(seed))
@@ -94,14 +101,19 @@ def first_carry(optimizer, seed):
     return key, params, optimizer.init(params)
 
 
-def training_step(optimizer, data, observe):
-    """A step for `jax.lax.scan`. Its batch depends on the seed and the number of the step, not on the method."""
+def batch_of(data, key, number):
+    """The images and labels of a step. They depend on the seed and the number of the step, not on the method."""
     images, labels = data["train"]
+    chosen = jax.random.randint(jax.random.fold_in(key, number), (BATCH,), 0, len(images))
+    return images[chosen], labels[chosen]
+
+
+def training_step(optimizer, data, observe):
+    """A step for `jax.lax.scan`."""
 
     def step(carry, number):
         key, params, state = carry
-        batch = jax.random.randint(jax.random.fold_in(key, number), (BATCH,), 0, len(images))
-        loss, grads = jax.value_and_grad(loss_of)(params, images[batch], labels[batch])
+        loss, grads = jax.value_and_grad(loss_of)(params, *batch_of(data, key, number))
         updates, state = optimizer.update(grads, state, params)
         return (key, optax.apply_updates(params, updates), state), observe(loss, grads, state)
 
@@ -130,10 +142,8 @@ def train(method, data, steps, progress):
         seen.append(jax.device_get(chunk))
         progress.update(CHUNK)
     loss, norm, rate = (np.concatenate(column, axis=1) for column in zip(*seen))
-    images, labels = data["test"]
-    accuracy = jax.vmap(lambda params: (logits(params, images).argmax(axis=1) == labels).mean())(carry[1])
-    # The metric is a running mean over steps already.
-    return Run(np.asarray(accuracy), loss, norm, rate.mean(axis=1) if by_entry else rate[:, -1])
+    # The rate is a running mean over steps already.
+    return Run(np.asarray(accuracy_of(carry[1], data)), loss, norm, rate.mean(axis=1) if by_entry else rate[:, -1])
 
 
 def clips(budget):
