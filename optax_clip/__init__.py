@@ -8,9 +8,9 @@ _collecting = _gc.isenabled()
 _gc.disable()
 
 from optax_clip._adaptive import adagc, adaptive_grad_clip, autoclip, clip_by_sigma, zclip
+from optax_clip._averages import ema_ratio, z_score
 from optax_clip._choosing import Replay, Suggestion, replay, suggest_threshold
 from optax_clip._clip_by_norm import ClipState, clip_by_norm
-from optax_clip._history import ema_ratio, quantile, sigma_window, z_score
 from optax_clip._metrics import clip_metrics
 from optax_clip._norm_clips import (
     clip_by_block_rms,
@@ -22,8 +22,10 @@ from optax_clip._norm_clips import (
 )
 from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
 from optax_clip._responses import normalize, shrink, smooth, tanh
-from optax_clip._thresholds import Threshold, minimum, param_fraction, per_block, scheduled
+from optax_clip._rules import minimum, param_fraction
+from optax_clip._thresholds import Threshold, per_block, scheduled
 from optax_clip._values import ValueClipState, clip, clip_by_value
+from optax_clip._windows import quantile, sigma_window
 from optax_clip._wrappers import SkipState, skip_spikes
 
 if _collecting:

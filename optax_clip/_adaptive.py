@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
+from optax_clip._averages import ema_ratio, z_score
 from optax_clip._clip_by_norm import norm_clip
-from optax_clip._history import ema_ratio, quantile, sigma_window, z_score
 from optax_clip._norms import global_norm, leaf_norm, unit_norm
 from optax_clip._responses import shrink
-from optax_clip._thresholds import Threshold, as_thresholds, is_threshold, param_fraction
+from optax_clip._rules import param_fraction
+from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
+from optax_clip._windows import quantile, sigma_window
 
 
 def adaptive_grad_clip(

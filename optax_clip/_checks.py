@@ -26,6 +26,7 @@ def is_transformation(value: object) -> bool:
     return isinstance(value, optax.GradientTransformation)
 
 
+NUMBER = "a number or a scalar array"
 _NOT_REAL = (bool, np.bool_, str, bytes, complex, np.complexfloating)
 
 

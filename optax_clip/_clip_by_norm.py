@@ -234,7 +234,9 @@ def _summary(norms: list, thresholds: list, factors: list) -> list[jax.Array]:
     if not any(n.size for n in norms):
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
-    scales = [(factor * _again(factor)).astype(jnp.float32) for factor in factors]
+    # Zeros were not scaled, though a threshold of 0 multiplies them by 0.
+    idle = [(n == 0) & (factor == 0) for n, factor in zip(norms, factors)]
+    scales = [jnp.where(i, 1.0, f * _again(f)).astype(jnp.float32) for i, f in zip(idle, factors)]
     norms = [n.astype(jnp.float32) for n in norms]
     thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:

@@ -11,7 +11,8 @@ from optax_clip import _checks
 from optax_clip._clip_by_norm import norm_clip
 from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
 from optax_clip._responses import normalize
-from optax_clip._thresholds import as_threshold, between
+from optax_clip._rules import between
+from optax_clip._thresholds import as_threshold
 
 
 def clip_by_global_norm(

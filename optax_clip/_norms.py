@@ -153,6 +153,8 @@ def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) 
 
     def norm(updates):
         leaves = parts(updates, axis_name, caller="group_norm")
+        if not leaves:  # as where optax.tree.map_params asks, with a tree that labels do not fit
+            return updates
         tree = labels(updates) if _checks.is_function(labels) else labels
         _checks.labels(tree, caller="group_norm")
         by_leaf = [

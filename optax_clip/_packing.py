@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_clip._blocks import varying
 
@@ -17,12 +18,16 @@ class Packing(NamedTuple):
     dtypes: tuple  # of the list
 
     def pack(self, arrays: Sequence) -> list[jax.Array]:
-        """The packed arrays: vectors of the widest dtype of their scalars, then the other arrays."""
+        """Arrays or numbers, those of a group as a vector of the widest dtype of the group."""
         return [self._joined([arrays[i] for i in group], group) for group in self.groups]
 
     def _joined(self, arrays: list, group: tuple[int, ...]) -> jax.Array:
         dtype = jnp.result_type(*{self.dtypes[i] for i in group})
-        return jnp.stack([jnp.asarray(array, dtype) for array in arrays]) if len(arrays) > 1 else arrays[0]
+        if len(arrays) == 1:
+            return arrays[0]
+        if not isinstance(arrays[0], jax.Array):
+            return jnp.asarray(np.array(arrays), dtype)
+        return jnp.stack([array.astype(dtype) for array in arrays])
 
     def unpack(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
         """The list again. XLA sees through a `pack` that follows."""

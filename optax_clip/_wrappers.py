@@ -117,8 +117,8 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
     def arrays_of(old):
         updates, new = update(treedef.unflatten(old))
         leaves, structure = jax.tree.flatten(updates)
-        others[:] = [structure, [None if _is_number(leaf) else leaf for leaf in leaves]]
-        return [jnp.asarray(leaf) for leaf in leaves if _is_number(leaf)], treedef.flatten_up_to(new)
+        others[:] = [structure, [None if _is_array(leaf) else leaf for leaf in leaves]]
+        return [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)], treedef.flatten_up_to(new)
 
     program, (shapes, _) = jax.make_jaxpr(arrays_of, return_shape=True)(old)
     jaxpr = program.jaxpr
@@ -134,7 +134,7 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
         for x, value in zip(outputs, eval_jaxpr(one, (), *(known[i] for i in inputs))):
             known[x] = jnp.where(skip, before[x], value) if x in before else value
     values = [known[x] if _is_var(x) else x.val for x in jaxpr.outvars]
-    zeroed = iter([jnp.where(skip, 0, value) for value in values[: len(shapes)]])
+    zeroed = iter([_zero_where(skip, value) for value in values[: len(shapes)]])
     structure, leaves = others
     kept = [
         value if value is o or (_is_var(x) and before.get(x) is o) else jnp.where(skip, o, value)
@@ -147,8 +147,10 @@ def _is_var(x: Any) -> bool:
     return not hasattr(x, "val")  # as literals of a program have
 
 
-def _is_number(leaf: Any) -> bool:
-    dtype = (
-        getattr(leaf, "dtype", None) if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) else np.result_type(leaf)
-    )
-    return dtype is not None and jnp.issubdtype(dtype, jnp.number)
+def _is_array(leaf: Any) -> bool:
+    kinds = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+    return isinstance(leaf, kinds) and getattr(leaf, "dtype", None) != jax.dtypes.float0
+
+
+def _zero_where(skip: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(skip, 0, x) if jnp.issubdtype(x.dtype, jnp.number) else x
