@@ -1,4 +1,4 @@
-"""Each fixed rule as its source states it, in plain float64 NumPy: what the clips are compared with.
+"""Each rule as its source states it, in plain float64 NumPy: what the clips are compared with.
 
 Trees are flat dicts of arrays. `c` is a threshold > 0, `n` a norm, `p` the order of a norm.
 """
@@ -156,3 +156,109 @@ def clipped(case, grads, c):
     factors = {number: 1.0 if n == 0 else response(n, c) for number, n in norms.items()}
     numbers = block_numbers(case, grads)
     return {name: wide(g) * np.vectorize(factors.get, otypes=[float])(numbers[name]) for name, g in grads.items()}
+
+
+# Rules from the norms of earlier steps: of one block, one norm at a time
+
+
+class Autoclip:
+    """The norm enters the history, then the threshold is a percentile of the last `window` norms."""
+
+    def __init__(self, percentile=10.0, window=1024):
+        self.percentile, self.window, self.norms = percentile, window, []
+
+    def __call__(self, n):
+        if not np.isfinite(n):
+            return np.nan
+        self.norms = [*self.norms, n][-self.window :]
+        return np.percentile(self.norms, self.percentile)
+
+
+class Zclip:
+    """Spikes by their z score, against exponential averages that start from the mean and variance of warm-up.
+
+    Two things the paper leaves open: at least one norm is collected, and while all are 0 warm-up goes on.
+    """
+
+    def __init__(self, z_max=2.5, decay=0.97, warmup_steps=25, spike="rescale", factor=1.0):
+        self.z_max, self.decay, self.warmup, self.spike, self.factor = z_max, decay, max(warmup_steps, 1), spike, factor
+        self.collected, self.mean, self.variance = [], None, None
+
+    def __call__(self, n):
+        if not np.isfinite(n):
+            return np.nan
+        if self.mean is None:
+            self.collected.append(n)
+            if len(self.collected) >= self.warmup and any(self.collected):
+                self.mean, self.variance = np.mean(self.collected), np.var(self.collected)
+            return np.inf
+        deviation = np.sqrt(self.variance)
+        z = (n - self.mean) / (deviation + 1e-6)
+        limit = self.mean + self.z_max * deviation
+        if self.spike == "limit":
+            c = limit
+        elif z <= self.z_max:
+            c = self.mean + self.z_max * (deviation + 1e-6)
+        elif self.spike == "rescale":
+            c = (self.mean + self.z_max * deviation / (z / self.z_max)) * self.factor
+        else:
+            c = self.mean
+        x = min(n, c)
+        self.mean = self.decay * self.mean + (1 - self.decay) * x
+        self.variance = self.decay * self.variance + (1 - self.decay) * (x - self.mean) ** 2
+        return c
+
+
+class ClipBySigma:
+    """Mean and deviation of the last `window` norms but this one, once half as many are there."""
+
+    def __init__(self, sigmas=3.0, window=128):
+        self.sigmas, self.window, self.norms = sigmas, window, []
+
+    def __call__(self, n):
+        if not np.isfinite(n):
+            return np.nan
+        c = np.inf
+        if len(self.norms) >= self.window / 2:
+            c = np.mean(self.norms) + self.sigmas * max(np.std(self.norms), 1e-6)
+        self.norms = [*self.norms, n][-self.window :]
+        return c
+
+
+class Adagc:
+    """Of all blocks, whose norms come as a vector, since in warm-up they are scaled together.
+
+    Two things the paper leaves open: a norm of 0 becomes no γ in warm-up, and a block that has none stays there.
+    """
+
+    def __init__(self, blocks, max_norm=1.0, max_ratio=1.05, decay=0.98, warmup_steps=100):
+        self.max_norm, self.max_ratio, self.decay, self.warmup = max_norm, max_ratio, decay, warmup_steps
+        self.gamma, self.seen = [None] * blocks, [0] * blocks
+
+    def __call__(self, norms):
+        total = np.sqrt(np.sum(np.square(norms)))
+        return np.array([self._block(b, n, total) for b, n in enumerate(norms)])
+
+    def _block(self, b, n, total):
+        warm = self.seen[b] < self.warmup or self.gamma[b] is None
+        if not np.isfinite(total if warm else n):
+            return np.nan
+        self.seen[b] += 1
+        if warm:
+            c = n * (1.0 if total <= self.max_norm else self.max_norm / total)
+            if c > 0:
+                self.gamma[b] = c if self.gamma[b] is None else min(self.gamma[b], c)
+        else:
+            c = self.max_ratio * self.gamma[b]
+            self.gamma[b] = self.decay * self.gamma[b] + (1 - self.decay) * min(n, c)
+        return c
+
+
+class EachBlock:
+    """A rule for one block on a vector of norms, each with a history of its own."""
+
+    def __init__(self, blocks, rule):
+        self.rules = [rule() for _ in range(blocks)]
+
+    def __call__(self, norms):
+        return np.array([rule(n) for rule, n in zip(self.rules, norms)])
