@@ -200,7 +200,7 @@ class Zclip:
         elif z <= self.z_max:
             c = self.mean + self.z_max * (deviation + 1e-6)
         elif self.spike == "rescale":
-            c = (self.mean + self.z_max * deviation / (z / self.z_max)) * self.factor
+            c = (self.mean + self.z_max * deviation * self.z_max / z) * self.factor
         else:
             c = self.mean
         x = min(n, c)
