@@ -63,6 +63,7 @@ CLIPS = [
         oc.group_norm(by_first_key),
     ),
     Case("clip_by_norm_range", lambda t: oc.clip_by_norm_range(None, t), "global", oc.global_norm),
+    Case("minimum", lambda t: oc.clip_by_norm(oc.global_norm, oc.minimum(t, None)), "global", oc.global_norm),
     Case("adaptive_grad_clip", agc, "unit", oc.unit_norm, needs_params=True),
     *(
         Case(

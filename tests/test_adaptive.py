@@ -331,7 +331,7 @@ def test_statistics_of_huge_and_small_norms_are_exact(name, scale):
 
 
 def test_a_thousand_leaves():
-    """A thousand leaves of one entry, each with a history of its own, follow the reference."""
+    """A thousand scalars, each with a history of its own, follow the reference."""
     norms = np.float32(np.exp(np.random.default_rng(0).normal(size=(8, 1000))))
     tx = oc.autoclip(50.0, 7, norm=oc.leaf_norm)
     rule = reference.EachBlock(1000, lambda: reference.Autoclip(50.0, 7))
@@ -478,12 +478,11 @@ def through_pickle(state, path):
 
 
 @every
-@by_scope
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the libraries
 @pytest.mark.parametrize("through", [through_orbax, through_flax, through_pickle])
-def test_a_run_goes_on_from_a_checkpoint(name, scope, through, tmp_path):
+def test_a_run_goes_on_from_a_checkpoint(name, through, tmp_path):
     """A run that is saved between warm-up and a spike and restored goes on bit for bit."""
-    state, step = step_of(name, scope)
+    state, step = step_of(name, "leaf")
     samples = [pair(i, 10.0 if i == 9 else 1.0) for i in range(12)]
     for updates in samples[:8]:
         _, state = step(updates, state)

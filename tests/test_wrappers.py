@@ -82,11 +82,17 @@ OPTIMIZERS = {
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
+@functools.cache
+def skipping(name):
+    """An optimizer that skips norms above 10: its first state and compiled step."""
+    tx = oc.skip_spikes(OPTIMIZERS[name](), 10.0)
+    return tx.init(pair(9)), jax.jit(tx.update)
+
+
 @every
 def test_a_skipped_step_leaves_no_trace(name):
     """NaN, inf and a norm above the threshold give updates of 0, and every bit of the inner state stays."""
-    tx, params = oc.skip_spikes(OPTIMIZERS[name](), 10.0), pair(9)
-    step, state = once(tx.update), tx.init(params)
+    (state, step), params = skipping(name), pair(9)
     expected_types = types_of_arrays(state)
     for i in range(3):
         _, state = step(pair(i), state, params)
@@ -104,9 +110,11 @@ def test_a_skipped_step_leaves_no_trace(name):
 @every
 def test_other_steps_are_those_of_the_optimizer(name):
     """Where nothing is skipped, and after something was, updates and state are those of the optimizer alone."""
-    tx, plain, params = oc.skip_spikes(OPTIMIZERS[name](), 10.0), OPTIMIZERS[name](), pair(9)
+    (state, step), plain, params, out = skipping(name), OPTIMIZERS[name](), pair(9), []
     samples = [pair(0), BAD["nan"], pair(1), pair(2), BAD["spike"], BAD["inf"], pair(3)]
-    out, state = run(tx, samples, params, jax.jit(tx.update))
+    for sample in samples:
+        updates, state = step(sample, state, params)
+        out.append(updates)
     good = [0, 2, 3, 6]
     expected, expected_state = run(plain, [samples[i] for i in good], params, jax.jit(plain.update))
     chex.assert_trees_all_equal_shapes_and_dtypes(out[0], expected[0])
@@ -167,9 +175,9 @@ def test_a_norm_of_zero_is_not_above_a_threshold_of_zero(threshold):
 def test_a_leaf_without_a_gradient_does_not_stop_training():
     """Beside a leaf whose gradient is always 0, a rule by leaves does not skip every step."""
     tx = oc.skip_spikes(optax.sgd(1.0), oc.quantile(100.0, 8), norm=oc.leaf_norm)
-    state = tx.init({"a": jnp.zeros(1), "frozen": jnp.zeros(1)})
+    state, step = tx.init({"a": jnp.zeros(1), "frozen": jnp.zeros(1)}), jax.jit(tx.update)
     for norm in (3.0, 2.0, 1.0):
-        _, state = tx.update({"a": jnp.array([norm]), "frozen": jnp.zeros(1)}, state)
+        _, state = step({"a": jnp.array([norm]), "frozen": jnp.zeros(1)}, state)
     assert state.total_skipped == 0
 
 
@@ -323,7 +331,7 @@ def test_metrics_of_a_skip():
     metrics = {name: float(x) for name, x in oc.clip_metrics(state).items()}
     wanted = {"clip/norm": 30.0, "clip/threshold": 10.0, "clip/scale": 0.0, "clip/clip_rate": 0.5}
     assert {name: metrics[name] for name in wanted} == pytest.approx(wanted)
-    _, state = tx.update(pair(0), state, pair(9))
+    _, state = jax.jit(tx.update)(pair(0), state, pair(9))
     assert oc.clip_metrics(state)["clip/scale"] == 1
 
 
@@ -434,7 +442,7 @@ def test_odd_leaves_under_jit():
     assert jax.random.key_data(out["key"]).tolist() == jax.random.key_data(updates["key"]).tolist()
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "trace", "clipped_adamw", "masked"])
+@pytest.mark.parametrize("name", ["adamw", "trace", "clipped_adamw"])
 def test_dtypes_are_kept(name):
     """In bf16, updates and moments have the dtypes that the optimizer gives them, in both kinds of step."""
     tx, plain, params = oc.skip_spikes(OPTIMIZERS[name](), 10.0), OPTIMIZERS[name](), pair(9, dtype=jnp.bfloat16)
@@ -449,7 +457,7 @@ def test_complex_and_mixed_updates_are_zeroed():
     """Updates of every dtype are 0 in a skipped step, also those of complex numbers."""
     updates = {**trees.mixed(0), "complex": jnp.array([3.0 + 4.0j])}
     tx = oc.skip_spikes(optax.identity(), 1e-3)
-    out, _ = tx.update(updates, tx.init(updates))
+    out, _ = jax.jit(tx.update)(updates, tx.init(updates))
     chex.assert_trees_all_equal_shapes_and_dtypes(out, updates)
     assert not any(np.asarray(leaf.astype(jnp.complex64)).any() for leaf in jax.tree.leaves(out))
 
@@ -482,8 +490,9 @@ def test_vmap_skips_for_each_member():
     """Under `vmap` each member skips by itself."""
     tx, params = make(), pair(9)
     state = tx.init(params)
-    out, states = jax.vmap(lambda updates: tx.update(updates, state, params))(stack(SAMPLES))
-    alone = [jax.jit(tx.update)(updates, state, params) for updates in SAMPLES]
+    out, states = jax.jit(jax.vmap(lambda updates: tx.update(updates, state, params)))(stack(SAMPLES))
+    step = jax.jit(tx.update)
+    alone = [step(updates, state, params) for updates in SAMPLES]
     assert_close((out, states), (stack([u for u, _ in alone]), stack([s for _, s in alone])))
     chex.assert_trees_all_equal(states.total_skipped, jnp.array([0, 1, 1, 0, 0]))
 
