@@ -152,7 +152,7 @@ def test_a_schedule_does_not_count_skipped_steps():
     tx = oc.skip_spikes(optax.identity(), optax.linear_schedule(1.0, 5.0, 4))
     norms = (0.5, 1.5, 2.5, 2.5, np.nan, 2.5, 3.5, 5.0)
     out, state = run(tx, [jnp.array([norm]) for norm in norms], jnp.zeros(1), jax.jit(tx.update))
-    # Thresholds 1, 2, 3, 3.. by the steps taken: .5 and 1.5 pass, so do 2.5, and 2.5 under 4, and so on.
+    # The thresholds of the steps taken are 1, 2, 3, 4, 5, 5, 5.
     chex.assert_trees_all_equal(jnp.concatenate(out), jnp.array([0.5, 1.5, 2.5, 2.5, 0.0, 2.5, 3.5, 5.0]))
     assert state.total_skipped == 1
     out, state = run(tx, [jnp.array([norm]) for norm in (3.0, 3.0, 3.0)], jnp.zeros(1), jax.jit(tx.update))
