@@ -79,7 +79,9 @@ def z_score(
     def update(norm, state):
         most, keep = cast(z_max, jnp.float32), cast(decay, jnp.float32)
         seen, mean, deviation = state
-        warm = (seen.astype(jnp.float32) < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | ((mean == 0) & (deviation == 0))
+        warm = (seen.astype(jnp.float32) < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | (
+            (mean == 0) & (deviation == 0)
+        )
         limit = mean + most * deviation
         bound = limit if spike == "limit" else mean + most * (deviation + 1e-6)
         above = norm > bound

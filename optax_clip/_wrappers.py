@@ -133,7 +133,7 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
         one = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[equation], debug_info=names)
         for x, value in zip(outputs, eval_jaxpr(one, (), *(known[i] for i in inputs))):
             known[x] = jnp.where(skip, before[x], value) if x in before else value
-    values = [known[x] if _is_var(x) else x.val for x in jaxpr.outvars]
+    values = [known[x] if _is_var(x) else jnp.asarray(x.val, x.aval.dtype) for x in jaxpr.outvars]
     zeroed = iter([_zero_where(skip, value) for value in values[: len(shapes)]])
     structure, leaves = others
     kept = [
