@@ -148,8 +148,9 @@ def _is_var(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    kinds = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
-    return isinstance(leaf, kinds) and getattr(leaf, "dtype", None) != jax.dtypes.float0
+    if isinstance(leaf, bool) or not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+        return False
+    return getattr(leaf, "dtype", None) != jax.dtypes.float0
 
 
 def _zero_where(skip: jax.Array, x: jax.Array) -> jax.Array:
