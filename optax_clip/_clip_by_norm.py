@@ -39,8 +39,8 @@ def clip_by_norm(
         these configured by `functools.partial`, or a function from updates to a prefix tree of arrays (leaves that
         carry the same array are one block, None leaves them alone).
       threshold: >= 0, in units of the norm. A number, a scalar array (traced too), an Optax schedule, a `Threshold`
-        (`z_score()`, `quantile()`, ...), an Optax transformation from the norm to the threshold, None (measure only), or
-        a prefix tree of these where blocks are leaves or smaller.
+        (`z_score()`, `quantile()`, ...), an Optax transformation from norm to threshold, None (measure only), or a
+        prefix tree of these where blocks are leaves or smaller.
       response: from a block's norm and threshold to its factor: `shrink` (the default), `normalize`, `smooth`,
         `tanh`, or a function of two arrays, asked only where 0 < norm < inf and threshold < inf.
 
