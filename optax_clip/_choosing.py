@@ -58,10 +58,10 @@ def replay(clip: optax.GradientTransformation, norms: Any) -> Replay:
 
 @functools.partial(jax.jit, static_argnames="clip")
 def _replay(norms: jax.Array, *, clip: optax.GradientTransformation) -> Replay:
-    def step(state, norm):
-        _, state = clip.update(norm, state)
-        above = (state.norm > state.threshold) & jnp.isfinite(state.norm)
-        return state, Replay(state.norm, state.threshold, state.scale, above)
+    def step(state: Any, norm: jax.Array) -> tuple[Any, Replay]:
+        new: Any = clip.update(norm, state)[1]
+        above = (new.norm > new.threshold) & jnp.isfinite(new.norm)
+        return new, Replay(new.norm, new.threshold, new.scale, above)
 
     try:
         state = clip.init(jnp.zeros([], jnp.float32))

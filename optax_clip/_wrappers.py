@@ -121,26 +121,32 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
         return [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)], treedef.flatten_up_to(new)
 
     program, (shapes, _) = jax.make_jaxpr(arrays_of, return_shape=True)(old)
+    results = program.jaxpr.outvars[len(shapes) :]
+    given = {*program.jaxpr.invars, *program.jaxpr.constvars}
+    before = {x: o for x, o in zip(results, old) if _is_var(x) and x not in given}
+    values = _evaluate(program, old, lambda x, value: jnp.where(skip, before[x], value) if x in before else value)
+    kept = [
+        value if value is o or (_is_var(x) and before.get(x) is o) else jnp.where(skip, o, value)
+        for x, value, o in zip(results, values[len(shapes) :], old)
+    ]
+    zeroed = iter([_zero_where(skip, value) for value in values[: len(shapes)]])
+    structure, leaves = others
+    return structure.unflatten([next(zeroed) if leaf is None else leaf for leaf in leaves]), treedef.unflatten(kept)
+
+
+def _evaluate(program: Any, arguments: list, replaced: Callable[[Any, jax.Array], jax.Array]) -> list[jax.Array]:
+    """What a traced program returns, where each value that it computes is `replaced(variable, value)`."""
     jaxpr = program.jaxpr
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *old]))
-    new = jaxpr.outvars[len(shapes) :]
-    before = {x: o for x, o in zip(new, old) if _is_var(x) and x not in known}
-    used = {x for atoms in ([e.invars for e in jaxpr.eqns], [jaxpr.outvars]) for xs in atoms for x in xs if _is_var(x)}
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments]))
+    used = set(filter(_is_var, [*jaxpr.outvars, *(x for equation in jaxpr.eqns for x in equation.invars)]))
+    names = jaxpr.debug_info.with_unknown_names()
     for equation in jaxpr.eqns:
         inputs = list(dict.fromkeys(filter(_is_var, equation.invars)))
         outputs = [x for x in equation.outvars if x in used]
-        names = jaxpr.debug_info.with_unknown_names()
         one = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[equation], debug_info=names)
         for x, value in zip(outputs, eval_jaxpr(one, (), *(known[i] for i in inputs))):
-            known[x] = jnp.where(skip, before[x], value) if x in before else value
-    values = [known[x] if _is_var(x) else jnp.asarray(x.val, x.aval.dtype) for x in jaxpr.outvars]
-    zeroed = iter([_zero_where(skip, value) for value in values[: len(shapes)]])
-    structure, leaves = others
-    kept = [
-        value if value is o or (_is_var(x) and before.get(x) is o) else jnp.where(skip, o, value)
-        for x, value, o in zip(new, values[len(shapes) :], old)
-    ]
-    return structure.unflatten([next(zeroed) if leaf is None else leaf for leaf in leaves]), treedef.unflatten(kept)
+            known[x] = replaced(x, value)
+    return [known[x] if _is_var(x) else jnp.asarray(x.val, x.aval.dtype) for x in jaxpr.outvars]
 
 
 def _is_var(x: Any) -> bool:
