@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import trees
 
 import optax_clip as oc
 
@@ -46,13 +47,7 @@ def entry(program) -> str:
     return text[text.index("\nENTRY") :]
 
 
-on_a_cpu_that_fuses = pytest.mark.skipif(
-    jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10, 2),
-    reason="reads programs of XLA's CPU backend, which before jax 0.10.2 writes out the squares of any sum of squares",
-)
-
-
-@on_a_cpu_that_fuses
+@trees.on_a_cpu_that_fuses
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_step_needs_no_copy_of_the_gradients(name):
     """Beside its arguments and results, a step allocates next to nothing, at unit scope a few arrays of norms."""
@@ -63,7 +58,7 @@ def test_a_step_needs_no_copy_of_the_gradients(name):
     assert not copies
 
 
-@on_a_cpu_that_fuses
+@trees.on_a_cpu_that_fuses
 @pytest.mark.parametrize("name", [name for name in CLIPS if name not in ("value", "agc")])
 def test_an_ordinary_step_reads_the_gradients_once_more(name):
     """Beside the optimizer's own kernels, one kernel a matrix reads the gradient in every step: that of its norm."""

@@ -542,7 +542,7 @@ def full_size_kernels(name) -> int:
     return sum(bool(re.search(r"f32\[(256,512|512,256)\]", line)) for line in lines)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads programs of XLA's CPU backend")
+@trees.on_a_cpu_that_fuses
 @pytest.mark.parametrize("name", ["adamw", "clipped"])
 def test_skipping_needs_no_copy_of_the_state(name):
     """Next to no scratch memory, no copies, and as many kernels that write matrices as without `skip_spikes`."""

@@ -1,9 +1,15 @@
-"""Sample trees of updates, and the one tolerance rule of the tests."""
+"""Sample trees of updates, the one tolerance rule of the tests, and where programs can be read."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+
+on_a_cpu_that_fuses = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10, 2),
+    reason="reads programs of XLA's CPU backend, which before jax 0.10.2 writes out the squares of any sum of squares",
+)
 
 
 def sample(seed: int = 0, scale: float = 1.0, dtype=jnp.float32) -> dict:
