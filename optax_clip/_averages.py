@@ -82,7 +82,7 @@ def z_score(
         warm = (seen.astype(jnp.float32) < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | (
             (mean == 0) & (deviation == 0)
         )
-        limit = mean + most * deviation
+        limit = mean + jnp.where(most == jnp.inf, jnp.inf, most * deviation)  # not inf · 0
         bound = limit if spike == "limit" else mean + most * (deviation + 1e-6)
         above = norm > bound
         # Of the numbers where it matters; elsewhere of harmless ones.

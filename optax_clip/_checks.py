@@ -52,7 +52,10 @@ def scalar(
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{caller}: {name} must be {kinds}, got dtype {dtype}. Pass a real number.")
-    known = concrete(value)
+    try:
+        known = concrete(value)
+    except OverflowError:
+        raise ValueError(f"{caller}: {name} must fit a float, got an int above 1e308. Pass a smaller number.") from None
     if known is None:
         return
     if math.isnan(known):
@@ -79,10 +82,7 @@ def concrete(value: Any) -> float | None:
         return None
     if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
         return None
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError("a threshold is an int too large for a float. Pass math.inf or None for no bound.") from None
+    return float(value)
 
 
 def static_number(value: Any, *, caller: str, name: str, low: float) -> float:
@@ -109,10 +109,10 @@ def static_int(value: Any, *, caller: str, name: str, low: int) -> int:
             f"{caller}: {name} must be a Python int, got a JAX array. It is a shape: "
             f"under optax.inject_hyperparams pass static_args={name!r}."
         )
-    if isinstance(value, _NOT_REAL) or not hasattr(value, "__index__"):
+    if isinstance(value, _NOT_REAL) or not hasattr(value, "__index__") or jnp.shape(value) != ():
         raise TypeError(f"{caller}: {name} must be an int, got {_show(value)}. Pass an int >= {low}.")
-    if operator.index(value) < low:
-        raise ValueError(f"{caller}: {name} must be >= {low}, got {value}. Pass a larger int.")
+    if not low <= operator.index(value) < 2**31:
+        raise ValueError(f"{caller}: {name} must be >= {low} and below 2^31, got {value:.3g}. Pass another int.")
     return operator.index(value)
 
 

@@ -248,4 +248,5 @@ def _summary(norms: list, thresholds: list, factors: list) -> list[jax.Array]:
     ]
     low, high, *sums = total(rows)
     count = sum(n.size * math.prod(jax.lax.axis_size(name) for name in varying(n)) for n in norms)
-    return [root_of_squares(low, high), *(x / count for x in sums)]
+    # XLA multiplies by the reciprocal of the count, and n · (1 / n) may miss 1.
+    return [root_of_squares(low, high), *(jnp.where(x == count, 1.0, x / count) for x in sums)]

@@ -52,6 +52,8 @@ def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[
 
     Raises:
       TypeError: an argument is not a function.
+      ValueError: in `update` of the clip, where the state changes its structure, shapes or kind of numbers, or the
+        threshold is not a scalar.
 
     Guarantees:
       A step in which the norm of a block is not finite, or its threshold NaN, leaves no trace in the state of that
@@ -81,9 +83,16 @@ def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[
     def guarded(norm, state):
         seen = jnp.isfinite(norm)
         threshold, new = update(jnp.where(seen, norm, 1.0), state)
-        threshold = jnp.where(seen, threshold, jnp.nan)
-        lost = jnp.isnan(threshold)  # also where an argument of the rule is NaN
-        return threshold, jax.tree.map(lambda n, old: jnp.where(lost, old, n).astype(old.dtype), new, state)
+        new = _like_before(new, state)
+        if jnp.shape(threshold) != ():
+            raise ValueError(
+                f"per_block: update must return a scalar threshold, got shape {jnp.shape(threshold)}. "
+                "It sees the norm of one block, a scalar too."
+            )
+        numbers = [x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.floating)]
+        # An argument of the rule that is NaN spoils what it returns.
+        lost = ~seen | jnp.isnan(threshold) | sum((jnp.any(jnp.isnan(x)) for x in numbers), start=jnp.bool_(False))
+        return jnp.where(lost, jnp.nan, threshold), jax.tree.map(lambda n, old: jnp.where(lost, old, n), new, state)
 
     def state_like(norm):
         def spread(x):
@@ -106,11 +115,35 @@ def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[
             of_blocks = guarded
             for _ in range(norm.ndim):
                 of_blocks = jax.vmap(of_blocks)
-            threshold, state = of_blocks(norm.astype(jnp.float32), state)
-            pairs.append((threshold.astype(norm.dtype), state))
+            known = norm.astype(jnp.float32)
+            threshold, state = of_blocks(known, state)
+            # What is not above in f32 is not above: an f64 norm may be, by less than f32 can tell.
+            exact = threshold.astype(norm.dtype)
+            pairs.append((jnp.where(known <= threshold, jnp.maximum(exact, norm), exact), state))
         return tuple(t for t, _ in pairs), tuple(s for _, s in pairs) if norms else states
 
     return Threshold(init_all, update_all)
+
+
+def _like_before(new: Any, old: Any) -> Any:
+    """The next state of a rule in the dtypes of the last, or an error where it is of another kind."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"per_block: update must keep the structure of the state, got {jax.tree.structure(new)} after "
+            f"{jax.tree.structure(old)}. Return what init returns."
+        )
+
+    def checked(n, o):
+        n = jnp.asarray(n)
+        loses = jnp.issubdtype(n.dtype, jnp.inexact) and not jnp.issubdtype(o.dtype, jnp.inexact)
+        if n.shape != o.shape or loses:
+            raise ValueError(
+                f"per_block: update must keep shapes and dtypes of the state, got {n.dtype}{list(n.shape)} after "
+                f"{o.dtype}{list(o.shape)}. Return what init returns; floats start as jnp.zeros([])."
+            )
+        return n.astype(o.dtype)
+
+    return jax.tree.map(checked, new, old)
 
 
 def constant(value: Any) -> Threshold:

@@ -19,7 +19,7 @@ class SkipState(NamedTuple):
 
     total_skipped: jax.Array  # i32[]: steps skipped so far, saturates
     consecutive_skipped: jax.Array  # i32[]: steps skipped since the last one that was taken, saturates
-    measured: ClipState  # norm and threshold of the last step; scale 1 if it was taken; clip_rate: share of spikes
+    measured: ClipState  # norm and threshold of the last step; scale 1 if it was taken, else 0; clip_rate: of spikes
     inner_state: Any  # of the optimizer
 
 
@@ -74,22 +74,30 @@ def skip_spikes(
         )
     update_inner = optax.with_extra_args_support(inner).update
     # Its updates are not used, so the compiler drops them.
-    watch: Any = norm_clip(
-        global_norm if norm is None else norm, threshold, _zero_above, caller="skip_spikes", name="threshold"
-    )
+    norm = global_norm if norm is None else norm
+    watch: Any = norm_clip(norm, threshold, None, caller="skip_spikes", name="threshold")
 
     def init_fn(params):
         zero = lambda: jnp.zeros([], jnp.int32)
         return SkipState(zero(), zero(), watch.init(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        _, measured = watch.update(updates, state.measured, params)
-        skip = ~(jnp.isfinite(measured.norm) & (measured.scale == 1))
+        before = state.measured
+        # Its clip rate in a first step is the share of blocks above: a mean of scales would lose one among millions.
+        first = before._replace(step=jnp.zeros([], jnp.int32), clip_rate=jnp.zeros([], jnp.float32))
+        _, measured = watch.update(updates, first, params)
+        spikes = measured.clip_rate
+        skip = ~jnp.isfinite(measured.norm) | jnp.isnan(measured.threshold) | (spikes > 0)
+        step = jnp.asarray(optax.safe_increment(before.step))
+        measured = measured._replace(
+            step=step,
+            scale=jnp.where(skip, 0.0, 1.0).astype(jnp.float32),
+            clip_rate=before.clip_rate + (spikes - before.clip_rate) / step.astype(jnp.float32),
+            rule=jax.tree.map(lambda new, old: jnp.where(skip, old, new), measured.rule, before.rule),
+        )
         new_updates, inner_state = _unless(
             skip, lambda inner_state: update_inner(updates, inner_state, params, **extra_args), state.inner_state
         )
-        select = lambda new, old: jnp.where(skip, old, new)
-        measured = measured._replace(rule=jax.tree.map(select, measured.rule, state.measured.rule))
         return new_updates, SkipState(
             jnp.where(skip, optax.safe_increment(state.total_skipped), state.total_skipped),
             jnp.where(skip, optax.safe_increment(state.consecutive_skipped), 0),
@@ -98,10 +106,6 @@ def skip_spikes(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _zero_above(norm: jax.Array, threshold: jax.Array) -> jax.Array:
-    return jnp.where(norm > threshold, 0.0, 1.0)
 
 
 def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """Clips and rules that remember norms: their numbers, what bad steps and odd norms do to them, and their states."""
 
 import functools
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -873,3 +874,54 @@ def test_a_history_for_each_leaf_costs_few_kernels():
     assert not re.search(r"\bsort\(", adaptive)
     kernels = [len(re.findall(r" fusion\(", text[text.index("\nENTRY") :])) for text in (fixed, adaptive)]
     assert kernels[1] - kernels[0] <= 60
+
+
+def test_endless_bounds_never_clip():
+    """An infinite number of deviations or ratio clips nothing, also where there is no deviation."""
+    for spike in ("rescale", "mean", "limit"):
+        tx = oc.zclip(math.inf, warmup_steps=2, spike=spike)
+        state = tx.init(jnp.zeros(1))
+        for x in (1.0, 1.0, 1.0, 2.0, 1.0):
+            updates, state = tx.update(jnp.array([x]), state)
+            assert updates[0] == x
+
+
+def test_traced_nan_argument_leaves_no_trace():
+    """A step whose decay turns out NaN is loud, and the next one is as if it had not been."""
+    for make in (lambda decay: oc.zclip(decay=decay, warmup_steps=1), lambda decay: oc.adagc(None, 1.05, decay, 1)):
+        step = jax.jit(lambda decay, state: make(decay).update(jnp.ones(2), state))  # noqa: B023
+        state = make(0.9).init(jnp.ones(2))
+        for decay in (0.9, 0.9):
+            _, state = step(decay, state)
+        updates, bad = step(jnp.nan, state)
+        assert jnp.isnan(updates).all()
+        chex.assert_trees_all_equal(bad.rule, state.rule)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-50])
+def test_f64_norms_at_the_threshold_are_left_alone(scale):
+    """Where the threshold is the norm itself, an f64 update keeps its bits though statistics are f32."""
+    x64 = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
+    with x64:
+        tx = oc.autoclip(100.0, 1)
+        updates = scale * jnp.array([0.1, 0.2], jnp.float64)
+        clipped, state = tx.update(updates, tx.init(updates))
+        chex.assert_trees_all_equal(clipped, updates)
+        assert state.clip_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("init", "update", "text"),
+    [
+        (lambda: jnp.zeros([]), lambda norm, state: (norm, jnp.ones(3)), "must keep shapes and dtypes"),
+        (lambda: 0, lambda norm, state: (norm, state + 0.5), "must keep shapes and dtypes"),
+        (lambda: jnp.zeros([]), lambda norm, state: (norm, (state, state)), "must keep the structure"),
+        (lambda: jnp.zeros([]), lambda norm, state: (norm * jnp.ones(3), state), "must return a scalar threshold"),
+    ],
+)
+def test_rules_of_another_form_are_refused(init, update, text):
+    """A rule whose state changes its form, or whose threshold is no scalar, raises."""
+    tx = oc.clip_by_norm(oc.leaf_norm, oc.per_block(init, update))
+    updates = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=f"^per_block: update {text}"):
+        tx.update(updates, tx.init(updates))

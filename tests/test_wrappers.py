@@ -578,3 +578,21 @@ def test_a_norm_that_is_not_a_function_is_an_error():
     """The norm must be a function of the updates."""
     with pytest.raises(TypeError, match="skip_spikes: norm must be a function"):
         oc.skip_spikes(optax.sgd(0.1), 1.0, norm=2.0)
+
+
+def test_no_number_of_blocks_makes_a_spike():
+    """Means over blocks may miss 1 by a rounding; steps are skipped for spikes alone, and the reported scale is 1."""
+    for blocks in (41, 47, 55):
+        updates = [jnp.ones(2)] * blocks
+        tx = oc.skip_spikes(optax.sgd(1.0), 10.0, norm=oc.leaf_norm)
+        out, state = jax.jit(tx.update)(updates, tx.init(updates))
+        assert state.total_skipped == 0 and out[0].all()
+        plain = oc.clip_by_leaf_norm(None)
+        assert jax.jit(plain.update)(updates, plain.init(updates))[1].scale == 1
+
+
+def test_one_block_among_many_is_enough():
+    """A single unit above its threshold skips the step."""
+    tx = oc.skip_spikes(optax.sgd(1.0), 10.0, norm=functools.partial(oc.unit_norm, axis=0))
+    updates = jnp.ones((1, 100_000)).at[0, 5].set(100.0)
+    assert jax.jit(tx.update)(updates, tx.init(updates))[1].total_skipped == 1
