@@ -112,7 +112,7 @@ def static_int(value: Any, *, caller: str, name: str, low: int) -> int:
     if isinstance(value, _NOT_REAL) or not hasattr(value, "__index__") or jnp.shape(value) != ():
         raise TypeError(f"{caller}: {name} must be an int, got {_show(value)}. Pass an int >= {low}.")
     if not low <= operator.index(value) < 2**31:
-        raise ValueError(f"{caller}: {name} must be >= {low} and below 2^31, got {value:.3g}. Pass another int.")
+        raise ValueError(f"{caller}: {name} must be >= {low} and below 2^31, got {_show(value)}. Pass another int.")
     return operator.index(value)
 
 

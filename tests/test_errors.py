@@ -1,6 +1,7 @@
 """Every error message: which function and argument, what was given, and what to do."""
 
 import functools
+import math
 import re
 
 import jax
@@ -477,3 +478,48 @@ def test_metrics_without_a_clip(tx):
         "tuple|State",
         "Pass",
     )
+
+
+# Adaptive rules, skipping and choosing
+
+BAD_CALLS = {
+    "quantile: percentile must be >= 0, got -1": lambda: oc.autoclip(-1),
+    "quantile: percentile must be <= 100, got 101": lambda: oc.autoclip(101),
+    "quantile: percentile must be a number": lambda: oc.autoclip("10"),
+    "quantile: percentile must fit a float": lambda: oc.autoclip(10**400),
+    "quantile: window must be >= 1 and below 2^31, got int 0": lambda: oc.autoclip(10, 0),
+    "quantile: window must be >= 1 and below 2^31, got int 1000": lambda: oc.autoclip(10, 10**400),
+    "quantile: window must be an int, got float 2.5": lambda: oc.autoclip(10, 2.5),
+    "quantile: window must be a Python int, got a JAX array": lambda: oc.autoclip(10, jnp.array(3)),
+    "z_score: z_max must be a number": lambda: oc.zclip(True),
+    "z_score: decay must be <= 1, got 2": lambda: oc.zclip(decay=2),
+    "z_score: warmup_steps must be >= 0, got -1": lambda: oc.zclip(warmup_steps=-1),
+    "z_score: factor must be a number, got nan": lambda: oc.zclip(factor=math.nan),
+    "z_score: spike must be one of": lambda: oc.zclip(spike="cut"),
+    "ema_ratio: max_norm must be >= 0, got -1": lambda: oc.adagc(-1.0),
+    "ema_ratio: max_ratio must be >= 0, got -1": lambda: oc.adagc(max_ratio=-1),
+    "sigma_window: sigmas must be >= 0, got -1": lambda: oc.clip_by_sigma(-1),
+    "sigma_window: window must be an int": lambda: oc.clip_by_sigma(3.0, np.array([3])),
+    "zclip: norm must be a function": lambda: oc.zclip(norm="leaf"),
+    "minimum: there is no threshold": lambda: oc.minimum(),
+    "minimum: thresholds[1] must be >= 0": lambda: oc.minimum(1.0, -1.0),
+    "per_block: update must be a function": lambda: oc.per_block(lambda: 0, None),
+    "skip_spikes: inner must be an Optax transformation": lambda: oc.skip_spikes(optax.sgd),
+    "skip_spikes: threshold must be >= 0, got -1": lambda: oc.skip_spikes(optax.sgd(1.0), -1.0),
+    "replay: clip must be a norm clip": lambda: oc.replay("zclip", [1.0]),
+    "replay: clip must be one norm clip": lambda: oc.replay(oc.clip(1.0), [1.0]),
+    "replay: the clip cannot run on norms alone. adaptive": lambda: oc.replay(oc.adaptive_grad_clip(0.1), [1.0]),
+    "replay: norms must be >= 0, got -1 at step 1": lambda: oc.replay(oc.zclip(), [1.0, -1.0]),
+    "replay: norms must be a vector": lambda: oc.replay(oc.zclip(), [[1.0]]),
+    "suggest_threshold: norms has no finite number above 0": lambda: oc.suggest_threshold([0.0, math.nan]),
+    "suggest_threshold: norms must be real numbers": lambda: oc.suggest_threshold(["a"]),
+}
+
+
+@pytest.mark.parametrize("text", BAD_CALLS)
+def test_adaptive_arguments_are_checked(text):
+    """Bad arguments of rules, wrappers and tools raise at once, and say what is wrong, required and to be done."""
+    with pytest.raises((ValueError, TypeError)) as caught:
+        BAD_CALLS[text]()
+    message = str(caught.value)
+    assert message.startswith(text) and message.count(". ") >= 1 and message.endswith(".")
