@@ -12,10 +12,10 @@ from optax_clip._choosing import Replay, replay
 try:
     from matplotlib.axes import Axes
     from matplotlib.patheffects import withStroke
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ImportError(
         'optax_clip.plot: matplotlib is missing. Figures need it. Run pip install "optax_clip[plot]".'
-    ) from error
+    ) from _error
 
 _MOST = 2000  # steps up to which all are drawn
 _BINS = 1000  # for lines: about as many as an axes has pixels across
