@@ -79,6 +79,25 @@ def norm_clip(
 
     `rules` lists the rules of a tree of thresholds where the tree may lack some of them: each keeps its state.
     """
+    init_fn, step = norm_step(norm, threshold, response, caller=caller, name=name, rules=rules)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        return step(updates, state, params)[:2]
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def norm_step(
+    norm: Callable[[Any], Any],
+    threshold: Any,
+    response: Callable | None,
+    *,
+    caller: str,
+    name: str,
+    rules: Sequence[Threshold] | None = None,
+) -> tuple[Callable, Callable]:
+    """The functions of `norm_clip`. The second, of updates, state and params, also returns the share above."""
     _checks.function(norm, caller=caller, name="norm", example="functools.partial(unit_norm, axis=0)")
     if response is not None:
         _checks.function(response, caller=caller, name="response", example="smooth")
@@ -98,8 +117,7 @@ def norm_clip(
         zeros = [jnp.zeros([], jnp.float32) for _ in range(3)]
         return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
+    def step_fn(updates, state, params):
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         thresholds, rule = blocks.thresholds(state.rule, params)
         factors = [_factor(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
@@ -109,9 +127,10 @@ def norm_clip(
         norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, factors)
         step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
-        return treedef.unflatten(clipped), ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
+        new = ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
+        return treedef.unflatten(clipped), new, share
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return init_fn, step_fn
 
 
 class _Blocks:

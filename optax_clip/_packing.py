@@ -1,7 +1,7 @@
 """Many scalars as one vector: a program over 1000 blocks is then as short as over one, and quick to compile."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,10 +31,7 @@ class Packing(NamedTuple):
 
     def unpack(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
         """The list again. XLA sees through a `pack` that follows."""
-        out: dict[int, jax.Array] = {}
-        for group, array in zip(self.groups, packed):
-            out.update(zip(group, _scalars(array) if len(group) > 1 else [array]))
-        return [out[i].astype(dtype) for i, dtype in enumerate(self.dtypes)]
+        return [array.astype(dtype) for array, dtype in zip(self._unpacked(packed, _scalars), self.dtypes)]
 
     def unpack_to_kernels(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
         """The list again, of factors for use in kernels over whole leaves.
@@ -43,9 +40,12 @@ class Packing(NamedTuple):
         for each. A division is what it does not move into such kernels. In two steps, rows and then entries, most of
         the small kernels are alike too.
         """
+        return self._unpacked(packed, _entries)
+
+    def _unpacked(self, packed: Sequence[jax.Array], entries: Callable[[jax.Array], list]) -> list[jax.Array]:
         out: dict[int, jax.Array] = {}
         for group, array in zip(self.groups, packed):
-            out.update(zip(group, _entries(array) if len(group) > 1 else [array]))
+            out.update(zip(group, entries(array) if len(group) > 1 else [array]))
         return [out[i] for i in range(len(self.dtypes))]
 
 

@@ -216,7 +216,7 @@ def as_threshold(value: Any, *, caller: str, name: str) -> Threshold:
         return value
     if value is None:
         return constant(math.inf)
-    if isinstance(value, optax.GradientTransformation):
+    if _checks.is_transformation(value):
         update: Any = value.update
         return per_block(lambda: value.init(jnp.zeros([], jnp.float32)), lambda norm, state: update(norm, state))
     if callable(value) and _checks.is_leaf(value):
@@ -243,4 +243,4 @@ def as_thresholds(tree: Any, *, caller: str, name: str) -> Any:
 
 def is_threshold(x: object) -> bool:
     """True for what `as_threshold` takes whole though it is a tree."""
-    return isinstance(x, (Threshold, optax.GradientTransformation))
+    return isinstance(x, Threshold) or _checks.is_transformation(x)

@@ -66,8 +66,8 @@ def quantile(percentile: Any = 10.0, window: int = 1024) -> Threshold:
             places < jnp.sum(state.ascending < leaves), state.ascending, _shifted(state.ascending, jnp.inf)
         )
         ascending = jnp.maximum(_shifted(rest, 0.0, by=-1), jnp.minimum(rest, norm))
-        ring = jnp.where(places == state.next, norm, state.ring)
-        filled = jnp.minimum(state.filled + 1, window)
+        state = _pushed(state._replace(ascending=ascending), norm)
+        filled = state.filled
         place = (filled - 1).astype(jnp.float32) * cast(percentile, jnp.float32) / 100
         below = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, filled - 1)
         low, high = (
@@ -75,9 +75,19 @@ def quantile(percentile: Any = 10.0, window: int = 1024) -> Threshold:
             for i in (below, jnp.minimum(below + 1, filled - 1))
         )
         threshold = low + (place - below.astype(jnp.float32)) * (high - low)
-        return threshold, QuantileState(ring, ascending, (state.next + 1) % window, filled)
+        return threshold, state
 
     return per_block(init, update)
+
+
+def _pushed(state: Any, norm: jax.Array) -> Any:
+    """The state with the norm in its ring, in place of the oldest."""
+    window = len(state.ring)
+    return state._replace(
+        ring=jnp.where(jnp.arange(window) == state.next, norm, state.ring),
+        next=(state.next + 1) % window,
+        filled=jnp.minimum(state.filled + 1, window),
+    )
 
 
 def _shifted(x: jax.Array, edge: float, by: int = 1) -> jax.Array:
@@ -139,11 +149,6 @@ def sigma_window(sigmas: Any = 3.0, window: int = 128) -> Threshold:
         variance = jnp.sum(jnp.where(places < state.filled, jnp.square(relative - mean), 0.0)) / count
         deviation = jnp.where(variance == 0, 0.0, jnp.sqrt(jnp.where(variance == 0, 1.0, variance)))
         threshold = mean * unit + cast(sigmas, jnp.float32) * jnp.maximum(deviation * unit, 1e-6)
-        new = SigmaWindowState(
-            jnp.where(places == state.next, norm, state.ring),
-            (state.next + 1) % window,
-            jnp.minimum(state.filled + 1, window),
-        )
-        return jnp.where(2 * state.filled >= window, threshold, jnp.inf), new
+        return jnp.where(2 * state.filled >= window, threshold, jnp.inf), _pushed(state, norm)
 
     return per_block(init, update)

@@ -10,7 +10,7 @@ import optax
 from jax.core import eval_jaxpr
 
 from optax_clip._checks import is_transformation
-from optax_clip._clip_by_norm import ClipState, norm_clip
+from optax_clip._clip_by_norm import ClipState, norm_step
 from optax_clip._norms import global_norm
 
 
@@ -75,25 +75,18 @@ def skip_spikes(
     update_inner = optax.with_extra_args_support(inner).update
     # Its updates are not used, so the compiler drops them.
     norm = global_norm if norm is None else norm
-    watch: Any = norm_clip(norm, threshold, None, caller="skip_spikes", name="threshold")
+    watch_init, watch = norm_step(norm, threshold, None, caller="skip_spikes", name="threshold")
 
     def init_fn(params):
         zero = lambda: jnp.zeros([], jnp.int32)
-        return SkipState(zero(), zero(), watch.init(params), inner.init(params))
+        return SkipState(zero(), zero(), watch_init(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        before = state.measured
-        # Its clip rate in a first step is the share of blocks above: a mean of scales would lose one among millions.
-        first = before._replace(step=jnp.zeros([], jnp.int32), clip_rate=jnp.zeros([], jnp.float32))
-        _, measured = watch.update(updates, first, params)
-        spikes = measured.clip_rate
+        _, measured, spikes = watch(updates, state.measured, params)
         skip = ~jnp.isfinite(measured.norm) | jnp.isnan(measured.threshold) | (spikes > 0)
-        step = jnp.asarray(optax.safe_increment(before.step))
         measured = measured._replace(
-            step=step,
             scale=jnp.where(skip, 0.0, 1.0).astype(jnp.float32),
-            clip_rate=before.clip_rate + (spikes - before.clip_rate) / step.astype(jnp.float32),
-            rule=jax.tree.map(lambda new, old: jnp.where(skip, old, new), measured.rule, before.rule),
+            rule=jax.tree.map(lambda new, old: jnp.where(skip, old, new), measured.rule, state.measured.rule),
         )
         new_updates, inner_state = _unless(
             skip, lambda inner_state: update_inner(updates, inner_state, params, **extra_args), state.inner_state

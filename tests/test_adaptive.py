@@ -901,8 +901,7 @@ def test_traced_nan_argument_leaves_no_trace():
 @pytest.mark.parametrize("scale", [1.0, 1e-50])
 def test_f64_norms_at_the_threshold_are_left_alone(scale):
     """Where the threshold is the norm itself, an f64 update keeps its bits though statistics are f32."""
-    x64 = jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
-    with x64:
+    with jax.enable_x64(True):
         tx = oc.autoclip(100.0, 1)
         updates = scale * jnp.array([0.1, 0.2], jnp.float64)
         clipped, state = tx.update(updates, tx.init(updates))

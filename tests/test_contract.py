@@ -66,11 +66,6 @@ def assert_close(actual, expected, dtype=jnp.float32):
     chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def x64():
-    """64-bit mode, whose name differs between versions of jax."""
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()
-
-
 # Structure, shapes and dtypes
 
 
@@ -118,7 +113,7 @@ def test_updates_keep_dtypes_whatever_the_dtype_of_the_threshold(case, threshold
 def test_f64_leaves_are_clipped_in_f64(case):
     """In 64-bit mode f64 leaves are measured and scaled in f64, f32 leaves beside them stay f32, the state too."""
     updates = {**pair(0), "half": np.ones(3, np.float32)}
-    with x64():
+    with jax.enable_x64(True):
         updates = {name: np.asarray(x, np.float32 if name == "half" else np.float64) for name, x in updates.items()}
         params = jax.tree.map(np.zeros_like, updates)
         tx = case.make(0.5)
