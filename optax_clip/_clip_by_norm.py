@@ -124,7 +124,7 @@ def norm_step(
         by_block = blocks.packing.unpack_to_kernels(factors)
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [leaf if b is None else _scaled(leaf, by_block[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
-        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, factors)
+        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, respond)
         step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
         new = ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
@@ -211,25 +211,29 @@ class _Blocks:
         return jax.tree.structure(self.updates).unflatten(kept)
 
 
-def _factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> jax.Array:
-    """The scale of a block; or, negative, the root of one that may leave the range of f32, to multiply by twice."""
+def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scale of a block, with the norm and the threshold that the response may be asked about."""
     off = threshold == jnp.inf
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
     n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
+    return jnp.where(live, respond(n, t), jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype), n, t
+
+
+def _factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> jax.Array:
+    """The scale of a block; or, negative, the root of one that may leave the range of f32, to multiply by twice."""
+    scale, n, t = _scale(norm, threshold, respond)
     # A scale below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
-    scale = respond(n, t)
     far = (scale < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
     near = (scale > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
     half = jnp.where(far, 2.0**-48, jnp.where(near, 2.0**48, 1.0)).astype(norm.dtype)
-    scale = respond(n * half * half, t)
-    factor = jnp.where(far | near, -root(jnp.where(far | near, scale, 1.0), 1 / half), scale)
-    idle = jnp.where((norm == 0) & (threshold == 0), 0.0, jnp.where(valid | off, 1.0, jnp.nan))
+    root_of_scale = root(jnp.where(far | near, respond(n * half * half, t), 1.0), 1 / half)
+    factor = jnp.where(far | near, -root_of_scale, jnp.where((norm == 0) & (threshold == 0), 0.0, scale))
     # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
     # every entry. The divisor is 1, since norms are not negative, but it does not know that.
     one = jnp.where(norm < 0, 2.0, 1.0).astype(norm.dtype)
-    return jnp.where(live, factor, idle).astype(norm.dtype) / one
+    return factor.astype(norm.dtype) / one
 
 
 def _again(factor: jax.Array) -> jax.Array:
@@ -249,14 +253,13 @@ def _scaled(leaf: Any, factor: jax.Array) -> jax.Array:
     return jnp.where(factor == 1, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
 
 
-def _summary(norms: list, thresholds: list, factors: list) -> list[jax.Array]:
-    """Total norm, mean threshold, mean factor, share of blocks above their thresholds: f32[] each."""
+def _summary(norms: list, thresholds: list, respond: Callable) -> list[jax.Array]:
+    """Total norm, mean threshold, mean scale, share of blocks above their thresholds: f32[] each."""
     if not any(n.size for n in norms):
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
+    # Not from the factors: those are needed once for each entry, and GPUs compute them there.
+    scales = [_scale(n, t, respond)[0].astype(jnp.float32) for n, t in zip(norms, thresholds)]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
-    # Zeros were not scaled, though a threshold of 0 multiplies them by 0.
-    idle = [(n == 0) & (factor == 0) for n, factor in zip(norms, factors)]
-    scales = [jnp.where(i, 1.0, f * _again(f)).astype(jnp.float32) for i, f in zip(idle, factors)]
     norms = [n.astype(jnp.float32) for n in norms]
     thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:

@@ -83,7 +83,8 @@ def unit_norm(updates: Any, *, ord: float | None = None, axis: Any = None, axis_
         one row is taken for a piece of a matrix; for a vector stored as a matrix pass `axis` as well.
 
     Returns:
-      The tree with f32 arrays (f64 for f64) of the leaf's rank, 1 along the reduced axes, and None for other leaves.
+      The tree with f32 arrays (f64 for f64) that broadcast against the leaves, 1 along the reduced axes, scalars where
+      a leaf is one unit, and None for other leaves.
 
     Raises:
       ValueError: a leaf has more than 5 dimensions and `axis` is None, or an axis is out of range, or `axis_name` is

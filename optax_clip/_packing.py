@@ -40,7 +40,11 @@ class Packing(NamedTuple):
         for each. A division is what it does not move into such kernels. In two steps, rows and then entries, most of
         the small kernels are alike too.
         """
-        return self._unpacked(packed, _entries)
+        return jax.lax.platform_dependent(
+            packed,
+            cpu=lambda packed: self._unpacked(packed, _entries),
+            default=lambda packed: self._unpacked(packed, _scalars),
+        )
 
     def _unpacked(self, packed: Sequence[jax.Array], entries: Callable[[jax.Array], list]) -> list[jax.Array]:
         out: dict[int, jax.Array] = {}

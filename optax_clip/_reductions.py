@@ -23,11 +23,51 @@ _MERGED = 16
 @functools.partial(jax.jit, static_argnames=("layout", "counts"), inline=True)
 def l2_norms(values: list, *, layout: tuple, counts: tuple[int, ...]) -> list[jax.Array]:
     """sqrt(Σ |x|² / count) of each block, in one read, or two in steps where squares leave the range of f32."""
-    # XLA's CPU backend reads a plain sum of squares faster than a scaled one. Elsewhere a scale is free, and tells a
-    # block of zeros from one whose squares vanish. The barrier keeps XLA from multiplying the scales first.
-    scale = jax.lax.platform_dependent(
-        cpu=lambda: jnp.float32(1.0), default=lambda: jax.lax.optimization_barrier(jnp.float32(2.0**40))
-    )
+    return _l2_norms(layout, counts, values)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _l2_norms(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
+    # A scale tells a block of zeros from one whose squares vanish, which else takes a second read. It is not worth its
+    # time on CPU, where XLA reads a plain sum of squares faster, nor for a whole tree, which is hardly ever zero. The
+    # barrier keeps XLA from multiplying scales first.
+    plain = functools.partial(_l2_in_steps, layout, counts, lambda: jnp.float32(1.0))
+    scaled = functools.partial(_l2_in_steps, layout, counts, lambda: jax.lax.optimization_barrier(jnp.float32(2.0**40)))
+    in_f64 = functools.partial(_l2_in_f64, layout, counts)
+    default = plain if len(values) == 1 else scaled
+    return jax.lax.platform_dependent(values, cpu=plain, cuda=in_f64, rocm=in_f64, default=default)
+
+
+@_l2_norms.defjvp
+def _(layout, counts, primals, tangents):
+    norms = _l2_norms(layout, counts, *primals)
+    units = [jnp.where(norm == 0, 1.0, norm) for norm in norms]
+    pairs = [list(zip(*block)) for block in zip(*primals, *tangents)]
+
+    def part(i, x_and_dx, axes):
+        x, dx = (_at_least_f32(a) for a in x_and_dx)
+        return _over(jnp.sum, (jnp.conj(x) * (1 / units[i]) * dx).real, axes)
+
+    sums = _reduce(pairs, layout, part)
+    return norms, [s / n for s, n in zip(sums, counts)]
+
+
+def _l2_in_f64(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
+    """For GPUs, where products and sums in f64 take no more time than reading the values."""
+    dtypes = [jnp.result_type(jnp.float32, *(wide(x) for x in block)) for block in values]
+
+    def sum_of_squares(i, x, axes):
+        parts = [part.astype(jnp.float64) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
+        return _over(jnp.sum, fold(jnp.add, [jnp.square(part) for part in parts]), axes)
+
+    with jax.enable_x64(True):
+        sums = _reduce(values, layout, sum_of_squares)
+        return [jnp.sqrt(s / n).astype(dtype) for s, n, dtype in zip(sums, counts, dtypes)]
+
+
+def _l2_in_steps(layout: tuple, counts: tuple[int, ...], first_scale: Callable, values: list) -> list[jax.Array]:
+    """In f32, and again at another scale where squares leave its range."""
+    scale = first_scale()
     # On CPU XLA would keep a copy of squares that an optimizer also takes: those of gradients that are not scaled.
     hidden = jax.lax.platform_dependent(
         values, cpu=lambda values: jax.tree.map(jax.lax.optimization_barrier, values), default=lambda values: values
@@ -64,7 +104,7 @@ def _sum_of_squares(xs: list[jax.Array], axes: tuple[int, ...] | None, scale: ja
     """Over the entries of all `xs`, which are alike."""
     parts = [part for x in xs for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
     squares = [jnp.square(_at_least_f32(part) * scale.astype(_at_least_f32(part).dtype)) for part in parts]
-    return jnp.sum(fold(jnp.add, squares), axis=axes, keepdims=axes is not None)
+    return _over(jnp.sum, fold(jnp.add, squares), axes)
 
 
 def root(s: jax.Array, scale: jax.Array) -> jax.Array:
@@ -93,7 +133,10 @@ def total(rows: list[tuple]) -> list[jax.Array]:
     """The sum of each column over its entries, over the rows and over the devices on which they vary."""
     sums: dict[tuple, list] = {}
     for row in rows:
-        sums.setdefault(tuple(sorted(varying(row[0]))), []).append([jnp.sum(x) for x in row])
+        # One kernel for many scalars on GPUs. Sums of other arrays share a kernel with what computes these.
+        vectors = row[0].ndim == 1
+        entries = list(jnp.sum(jnp.stack(row), axis=1)) if vectors else [jnp.sum(x) for x in row]
+        sums.setdefault(tuple(sorted(varying(row[0]))), []).append(entries)
     columns = {names: [fold(jnp.add, list(column)) for column in zip(*rows)] for names, rows in sums.items()}
     return [
         fold(jnp.add, list(column))
@@ -156,7 +199,8 @@ def _magnitude(x: jax.Array) -> jax.Array:
 
 
 def _over(reduction: Callable, x: jax.Array, axes: tuple[int, ...] | None, **kwargs) -> jax.Array:
-    return reduction(x, axis=axes, keepdims=axes is not None, **kwargs)
+    """A scalar where all axes are reduced; else an array that broadcasts against `x`."""
+    return reduction(x, axis=axes, keepdims=axes is not None and len(axes) < x.ndim, **kwargs)
 
 
 def _at_least_f32(x: jax.Array) -> jax.Array:

@@ -76,9 +76,9 @@ def test_axes_by_rank():
     """Vectors are one unit, also with dimensions of size 1; matrices have columns; convolutions output channels."""
     shapes = {
         (): (),
-        (5,): (1,),
-        (1, 5, 1): (1, 1, 1),
-        (1, 1, 1, 1, 1, 1, 4): (1,) * 7,
+        (5,): (),
+        (1, 5, 1): (),
+        (1, 1, 1, 1, 1, 1, 4): (),
         (4, 5): (1, 5),
         (4, 1, 5): (1, 1, 5),
         (3, 4, 5): (1, 4, 5),
