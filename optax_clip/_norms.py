@@ -185,5 +185,5 @@ def _norms(blocks: Sequence[Sequence[Part]], ord: float | None, *, caller: str, 
         return []
     if ord != 2.0:
         return p_norms(values, layout=layout, ord=ord)
-    counts = tuple(max(sum(part.size for part in block), 1) if mean else 1 for block in blocks)
-    return l2_norms(values, layout=layout, counts=counts)
+    sizes = tuple(max(sum(part.size for part in block), 1) for block in blocks)
+    return l2_norms(values, layout=layout, sizes=sizes, mean=mean)

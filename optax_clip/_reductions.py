@@ -20,27 +20,27 @@ _MERGED = 16
 
 
 # Compiled by themselves, so that calls outside of jit do not compile the conditional anew each time.
-@functools.partial(jax.jit, static_argnames=("layout", "counts"), inline=True)
-def l2_norms(values: list, *, layout: tuple, counts: tuple[int, ...]) -> list[jax.Array]:
-    """sqrt(Σ |x|² / count) of each block, in one read, or two in steps where squares leave the range of f32."""
-    return _l2_norms(layout, counts, values)
+@functools.partial(jax.jit, static_argnames=("layout", "sizes", "mean"), inline=True)
+def l2_norms(values: list, *, layout: tuple, sizes: tuple[int, ...], mean: bool) -> list[jax.Array]:
+    """sqrt(Σ |x|²) of each block, `mean`: over its size; in one read, or two in rare steps."""
+    return _l2_norms(layout, sizes, sizes if mean else (1,) * len(sizes), values)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _l2_norms(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
-    # A scale tells a block of zeros from one whose squares vanish, which else takes a second read. It is not worth its
-    # time on CPU, where XLA reads a plain sum of squares faster, nor for a whole tree, which is hardly ever zero. The
-    # barrier keeps XLA from multiplying scales first.
-    plain = functools.partial(_l2_in_steps, layout, counts, lambda: jnp.float32(1.0))
-    scaled = functools.partial(_l2_in_steps, layout, counts, lambda: jax.lax.optimization_barrier(jnp.float32(2.0**40)))
-    in_f64 = functools.partial(_l2_in_f64, layout, counts)
-    default = plain if len(values) == 1 else scaled
-    return jax.lax.platform_dependent(values, cpu=plain, cuda=in_f64, rocm=in_f64, default=default)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _l2_norms(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
+    """sqrt(Σ |x|² / count) of each block, by what suits the device."""
+    in_steps, in_f64, split = (
+        functools.partial(method, layout, sizes, counts) for method in (_l2_in_steps, _l2_in_f64, _l2_split)
+    )
+    # Of the other methods, `in_steps` adds least to the only read, but it takes the second read for a block of zeros,
+    # which a whole tree is not, and at unit scope it asks all devices whether to.
+    default = in_steps if len(values) == 1 else split
+    return jax.lax.platform_dependent(values, cpu=in_steps, cuda=in_f64, rocm=in_f64, default=default)
 
 
 @_l2_norms.defjvp
-def _(layout, counts, primals, tangents):
-    norms = _l2_norms(layout, counts, *primals)
+def _(layout, sizes, counts, primals, tangents):
+    norms = _l2_norms(layout, sizes, counts, *primals)
     units = [jnp.where(norm == 0, 1.0, norm) for norm in norms]
     pairs = [list(zip(*block)) for block in zip(*primals, *tangents)]
 
@@ -52,34 +52,56 @@ def _(layout, counts, primals, tangents):
     return norms, [s / n for s, n in zip(sums, counts)]
 
 
-def _l2_in_f64(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
+def _l2_in_f64(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
     """For GPUs, where products and sums in f64 take no more time than reading the values."""
     dtypes = [jnp.result_type(jnp.float32, *(wide(x) for x in block)) for block in values]
-
-    def sum_of_squares(i, x, axes):
-        parts = [part.astype(jnp.float64) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
-        return _over(jnp.sum, fold(jnp.add, [jnp.square(part) for part in parts]), axes)
-
     with jax.enable_x64(True):
-        sums = _reduce(values, layout, sum_of_squares)
+        sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, None, jnp.float64))
         return [jnp.sqrt(s / n).astype(dtype) for s, n, dtype in zip(sums, counts, dtypes)]
 
 
-def _l2_in_steps(layout: tuple, counts: tuple[int, ...], first_scale: Callable, values: list) -> list[jax.Array]:
-    """In f32, and again at another scale where squares leave its range."""
-    scale = first_scale()
+def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
+    """Small and large entries apart, each at a scale at which the sum of their squares stays in the range of f32."""
+    large = [2.0 ** (-65 - _half_log2(count)) for count in counts]
+    edges = [2.0**-63 / k for k in large]  # of large entries, the smallest that has a normal square
+    small = [2.0 ** (61 - _half_log2(count) - _half_log2(size)) for count, size in zip(counts, sizes)]
+    # The barrier keeps XLA from multiplying the scales first.
+    scales = {k: jax.lax.optimization_barrier(jnp.float32(k)) for k in {*small, *large}}
+
+    def sum_of_squares(i, x, axes, k, is_large):
+        kept = [jnp.where((jnp.abs(y) >= edges[i]) == is_large, y, 0.0) for y in _real_parts(x)]
+        return _sum_of_squares(kept, axes, scales[k[i]])
+
+    n = len(values)
+    sums = _reduce(
+        values + values,
+        layout + layout,
+        lambda i, x, axes: sum_of_squares(i % n, x, axes, *((small, False) if i < n else (large, True))),
+    )
+    packing = packing_of(sums[:n])
+    columns = map(packing.pack, (sums[:n], sums[n:], counts, small, large))
+    norms = []
+    for low, high, count, k_low, k_high in zip(*columns):
+        low, high = jnp.sqrt(low / count) / k_low, jnp.sqrt(high / count) / k_high
+        top, rest = jnp.maximum(low, high), jnp.minimum(low, high)
+        norms.append(jnp.where(high == 0, low, top * jnp.sqrt(1 + jnp.square(rest / top))))
+    return packing.unpack(norms)
+
+
+def _l2_in_steps(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
+    """In one read, and in a second one at another scale where squares left the range of f32."""
     # On CPU XLA would keep a copy of squares that an optimizer also takes: those of gradients that are not scaled.
     hidden = jax.lax.platform_dependent(
         values, cpu=lambda values: jax.tree.map(jax.lax.optimization_barrier, values), default=lambda values: values
     )
-    sums = _reduce(hidden, layout, lambda i, x, axes: _sum_of_squares([x], axes, scale))
+    sums = _reduce(hidden, layout, lambda i, x, axes: _sum_of_squares([x], axes))
     packing = packing_of(sums)
     packed_sums, packed_counts = packing.pack(sums), packing.pack(counts)
-    norms = [root(s / n, scale) for s, n in zip(packed_sums, packed_counts)]
-    large = [_LARGE * 2.0 ** -math.ceil(math.log2(count) / 2) for count in counts]
+    norms = [jnp.sqrt(s / n) for s, n in zip(packed_sums, packed_counts)]
+    large = [_LARGE * 2.0 ** -_half_log2(count) for count in counts]
 
     def unsafe(s):
-        return (s == jnp.inf) | ((s < _LOWEST) & ((s > 0) | (scale == 1)))
+        return (s == jnp.inf) | (s < _LOWEST)
 
     def second_scale(s, k):
         return jnp.where(s > 1, k, _SMALL).astype(s.dtype)
@@ -90,7 +112,7 @@ def _l2_in_steps(layout: tuple, counts: tuple[int, ...], first_scale: Callable, 
         values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
         again = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
         return [
-            jnp.where(unsafe(s), root(a / n, second_scale(s, k)), norm)
+            jnp.where(unsafe(s), jnp.sqrt(a / n) / second_scale(s, k), norm)
             for s, a, n, k, norm in zip(
                 packing.pack(sums), packing.pack(again), packed_counts, packing.pack(large), norms
             )
@@ -100,11 +122,20 @@ def _l2_in_steps(layout: tuple, counts: tuple[int, ...], first_scale: Callable, 
     return packing.unpack(jax.lax.cond(anywhere, measure_again, lambda _, sums, norms: norms, values, sums, norms))
 
 
-def _sum_of_squares(xs: list[jax.Array], axes: tuple[int, ...] | None, scale: jax.Array) -> jax.Array:
-    """Over the entries of all `xs`, which are alike."""
-    parts = [part for x in xs for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
-    squares = [jnp.square(_at_least_f32(part) * scale.astype(_at_least_f32(part).dtype)) for part in parts]
-    return _over(jnp.sum, fold(jnp.add, squares), axes)
+def _half_log2(n: int) -> int:
+    return math.ceil(math.log2(n) / 2)
+
+
+def _sum_of_squares(xs: list, axes: tuple[int, ...] | None, scale: jax.Array | None = None, dtype: Any = None) -> jax.Array:
+    """Over the entries of all `xs`, which are alike, in `dtype` or in the least that is wide enough."""
+    parts = [part.astype(dtype or part.dtype) for x in xs for part in _real_parts(x)]
+    scaled = [part if scale is None else part * scale.astype(part.dtype) for part in parts]
+    return _over(jnp.sum, fold(jnp.add, [jnp.square(part) for part in scaled]), axes)
+
+
+def _real_parts(x: jax.Array) -> list[jax.Array]:
+    """f32 or wider."""
+    return [part.astype(wide(part)) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
 
 
 def root(s: jax.Array, scale: jax.Array) -> jax.Array:

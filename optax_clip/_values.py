@@ -152,14 +152,15 @@ def _clipped(x: jax.Array, low: Any, high: Any) -> jax.Array:
     dtype = wide(x)
     high = cast(math.inf if high is None else high, dtype)
     low = jnp.minimum(cast(-math.inf if low is None else low, dtype), high)  # keeps NaN
-    within = _within_disc if jnp.iscomplexobj(x) else _within_interval
-    return jnp.where(jnp.isnan(low), low.astype(x.dtype), within(x, low, high))
+    high = jnp.where(jnp.isnan(low), low, high)
+    return _within_disc(x, low, high) if jnp.iscomplexobj(x) else _within_interval(x, low, high)
 
 
 def _within_interval(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    # Compared in the wider type, selected in the leaf's own: an entry inside the bounds keeps its bits.
+    # Compared in the wider type, selected in the leaf's own and once: an entry inside the bounds keeps its bits.
     wide = x.astype(low.dtype)
-    return jnp.where(wide > high, _cast(high, x.dtype), jnp.where(wide < low, _cast(low, x.dtype), x))
+    inside = (wide >= low) & (wide <= high) | jnp.isnan(wide)
+    return jnp.where(inside, x, jnp.where(wide > high, _cast(high, x.dtype), _cast(low, x.dtype)))
 
 
 def _cast(bound: jax.Array, dtype: Any) -> jax.Array:
@@ -171,7 +172,7 @@ def _cast(bound: jax.Array, dtype: Any) -> jax.Array:
 def _within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     radius = jnp.maximum(jnp.minimum(high, -low), 0.0)
     endless = jnp.isinf(x.real) | jnp.isinf(x.imag)
-    outside = (jnp.abs(x) > radius) | (endless & (radius < jnp.inf))
+    outside = (jnp.abs(x) > radius) | (endless & (radius < jnp.inf)) | jnp.isnan(radius)
     # The direction, from parts small enough for their magnitude to be finite; of an infinite entry, that of its
     # infinite parts.
     unit = jnp.where(jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) > 1, 0.25, 1.0).astype(radius.dtype)

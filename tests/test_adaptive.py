@@ -453,7 +453,7 @@ def test_state_is_a_vector_over_leaves_and_an_array_over_units():
     chex.assert_shape([leaves.ring, leaves.ascending], (3, 7))
     chex.assert_shape([leaves.next, leaves.filled], (3,))
     units = oc.zclip(norm=SCOPES["unit"]).init(params).rule
-    chex.assert_trees_all_equal([state.mean.shape for state in units], [(1,), (1, 4), (1, 3)])
+    chex.assert_trees_all_equal([state.mean.shape for state in units], [(), (1, 4), (1, 3)])
     (whole,) = oc.clip_by_sigma(window=5).init(params).rule
     chex.assert_shape([whole.ring, whole.next], [(5,), ()])
 

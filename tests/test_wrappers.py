@@ -355,7 +355,7 @@ def test_map_params_and_donation():
     assert mapped.inner_state[0].mu == {"bias": "params", "dense": "params"}
     chex.assert_trees_all_equal(mapped.measured, state.measured)
     expected = tx.update(pair(0), state, params)
-    updates = pair(0)
+    updates, state = pair(0), tx.init(params)  # that nothing else holds
     actual = jax.jit(tx.update, donate_argnums=(0, 1), keep_unused=True)(updates, state, params)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((updates, state)))
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
