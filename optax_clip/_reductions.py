@@ -65,12 +65,12 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     large = [2.0 ** (-65 - _half_log2(count)) for count in counts]
     edges = [2.0**-63 / k for k in large]  # of large entries, the smallest that has a normal square
     small = [2.0 ** (61 - _half_log2(count) - _half_log2(size)) for count, size in zip(counts, sizes)]
-    # The barrier keeps XLA from multiplying the scales first.
-    scales = {k: jax.lax.optimization_barrier(jnp.float32(k)) for k in {*small, *large}}
+    # The barrier keeps XLA from multiplying scales first, or entries, where it knows them.
+    hidden = {k: jax.lax.optimization_barrier(jnp.float32(k)) for k in {*small, *large, *edges}}
 
     def sum_of_squares(i, x, axes, k, is_large):
-        kept = [jnp.where((jnp.abs(y) >= edges[i]) == is_large, y, 0.0) for y in _real_parts(x)]
-        return _sum_of_squares(kept, axes, scales[k[i]])
+        kept = [jnp.where((jnp.abs(y) >= hidden[edges[i]]) == is_large, y, 0.0) for y in _real_parts(x)]
+        return _sum_of_squares(kept, axes, hidden[k[i]])
 
     n = len(values)
     sums = _reduce(
@@ -79,10 +79,10 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
         lambda i, x, axes: sum_of_squares(i % n, x, axes, *((small, False) if i < n else (large, True))),
     )
     packing = packing_of(sums[:n])
-    columns = map(packing.pack, (sums[:n], sums[n:], counts, small, large))
+    per_root = [[k * math.sqrt(count) for k, count in zip(scales, counts)] for scales in (small, large)]
     norms = []
-    for low, high, count, k_low, k_high in zip(*columns):
-        low, high = jnp.sqrt(low / count) / k_low, jnp.sqrt(high / count) / k_high
+    for low, high, per_low, per_high in zip(*map(packing.pack, (sums[:n], sums[n:], *per_root))):
+        low, high = jnp.sqrt(low) / per_low, jnp.sqrt(high) / per_high
         top, rest = jnp.maximum(low, high), jnp.minimum(low, high)
         norms.append(jnp.where(high == 0, low, top * jnp.sqrt(1 + jnp.square(rest / top))))
     return packing.unpack(norms)
