@@ -75,11 +75,12 @@ def compiled(optimizer, params, adam_state, grads):
     return program, time.perf_counter() - start
 
 
-def measure(tree: str, names: list[str], rounds: int) -> None:
+def measure(tree: str, names: list[str], rounds: int, steps: int, dtype: str) -> None:
     shapes = trees.TREES[tree]()
-    params, grads = trees.random(shapes), trees.random(shapes, seed=1)
+    params, grads = (trees.random(shapes, seed=seed, dtype=dtype) for seed in (0, 1))
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    print(f"\n{tree}: {len(jax.tree.leaves(params))} leaves, {size / 4e6:.1f} M parameters in f32", flush=True)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(f"\n{tree}: {len(jax.tree.leaves(params))} leaves, {count / 1e6:.1f} M parameters in {dtype}", flush=True)
     print(f"{'':28} {'step':>6} {'quartiles':>13} {'scratch':>9} {'compile':>8}")
     params = jax.tree.map(jnp.copy, params)
     adam_state = adam_of(jax.jit(ADAM.init)(params))
@@ -91,7 +92,8 @@ def measure(tree: str, names: list[str], rounds: int) -> None:
         for name in random.sample(names, len(names)):
             for _ in range(2):  # the first run after another program pays for what that left behind
                 start = time.perf_counter()
-                params, adam_state, rests[name] = programs[name][0](params, adam_state, rests[name], grads)
+                for _ in range(steps):
+                    params, adam_state, rests[name] = programs[name][0](params, adam_state, rests[name], grads)
                 jax.block_until_ready((params, adam_state, rests[name]))
                 seconds = time.perf_counter() - start
             times[name].append(seconds)
@@ -106,8 +108,10 @@ def measure(tree: str, names: list[str], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tree", choices=[*trees.TREES, "all"], default="all")
+    parser.add_argument("--tree", nargs="*", choices=list(trees.TREES), default=["gpt", "resnet50", "small"])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=1, help="in a row in one measurement; more where they are short")
+    parser.add_argument("--dtype", default="float32", help="of parameters and gradients")
     parser.add_argument(
         "--names", nargs="*", default=list(OPTIMIZERS), help="names from the table; bare is always measured"
     )
@@ -115,8 +119,9 @@ def main() -> None:
     print(
         f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0].device_kind}; relative to the bare step"
     )
-    for tree in trees.TREES if arguments.tree == "all" else [arguments.tree]:
-        measure(tree, ["bare", *(name for name in arguments.names if name != "bare")], arguments.rounds)
+    names = list(dict.fromkeys(["bare", *arguments.names]))
+    for tree in arguments.tree:
+        measure(tree, names, arguments.rounds, arguments.steps, arguments.dtype)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def _half_log2(n: int) -> int:
     return math.ceil(math.log2(n) / 2)
 
 
-def _sum_of_squares(xs: list, axes: tuple[int, ...] | None, scale: jax.Array | None = None, dtype: Any = None) -> jax.Array:
+def _sum_of_squares(
+    xs: list, axes: tuple[int, ...] | None, scale: jax.Array | None = None, dtype: Any = None
+) -> jax.Array:
     """Over the entries of all `xs`, which are alike, in `dtype` or in the least that is wide enough."""
     parts = [part.astype(dtype or part.dtype) for x in xs for part in _real_parts(x)]
     scaled = [part if scale is None else part * scale.astype(part.dtype) for part in parts]

@@ -18,7 +18,7 @@ import test_guarantees  # noqa: F401  loads the profile of hypothesis
 import trees
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contract import once, run, stack, types
 from test_norms import mesh_of, sharded, spread
@@ -523,7 +523,7 @@ def test_map_params_touches_parameters_alone(name, scope):
 
 def test_map_params_gives_shardings_that_fit_the_state():
     """Shardings from `map_params` place the state of a clip by leaves: parameters by theirs, statistics everywhere."""
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = trees.mesh(x=2)
     spread_out, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
     tx = optax.chain(MAKES["autoclip"](oc.leaf_norm), optax.trace(0.9))
     state = tx.init(pair())

@@ -358,7 +358,7 @@ def test_chain_in_front_of_adamw(case):
 @pytest.mark.parametrize("threshold", [0.5, schedule], ids=["number", "schedule"])
 def test_map_params_gives_shardings_that_fit_the_state(case, threshold):
     """`optax.tree.map_params` takes nothing in a clip's state for params, and its result places the state."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = trees.mesh(data=2)
     spread, everywhere = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, None, None, "data"), ()))
     params = {"conv": trees.sample()["conv"], "scale": jnp.ones(())}
     shardings = {"conv": spread, "scale": everywhere}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+import trees
 from jax.sharding import PartitionSpec as P
 
 import optax_clip as oc
@@ -412,7 +412,7 @@ def test_params_that_do_not_belong_to_the_updates(name, case):
 
 def on_mesh(function, **options):
     """The function of updates inside a mesh of 8 devices, sharded along their first axis."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = trees.mesh(data=8)
     inside = jax.shard_map(function, mesh=mesh, in_specs=P("data"), out_specs=P(), **options)
     return lambda: inside({"w": jnp.ones((16, 3))})
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import trees
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -294,7 +294,7 @@ by_mesh = pytest.mark.parametrize("mesh_name", MESHES)
 
 def mesh_of(name):
     names, sizes, _, _ = MESHES[name]
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    return trees.mesh(**dict(zip(names, sizes)))
 
 
 def spread(name):
@@ -445,10 +445,10 @@ def test_untyped_shards_of_every_order(ord):
 @pytest.mark.parametrize("norm", WHOLE_NORMS.values(), ids=WHOLE_NORMS)
 def test_pmap_needs_an_axis_name(norm):
     """In `pmap` a missing `axis_name` is an error, and with it the norm is that of all devices together."""
-    updates = jnp.arange(64.0).reshape(8, 8)
+    updates, devices = jnp.arange(64.0).reshape(8, 8), trees.mesh(x=8).devices.tolist()
     with pytest.raises(ValueError, match="axis_name is missing"):
-        jax.pmap(norm, axis_name="x")({"w": updates})
-    norms = jax.pmap(functools.partial(norm, axis_name="x"), axis_name="x")({"w": updates})
+        jax.pmap(norm, axis_name="x", devices=devices)({"w": updates})
+    norms = jax.pmap(functools.partial(norm, axis_name="x"), axis_name="x", devices=devices)({"w": updates})
     expected = jax.tree.leaves(norm({"w": updates.reshape(64)}))[0]
     close(jax.tree.leaves(norms)[0].ravel(), jnp.broadcast_to(expected, 8).ravel())
 

@@ -1,15 +1,25 @@
 """Sample trees of updates, the one tolerance rule of the tests, and where programs can be read."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 on_a_cpu_that_fuses = pytest.mark.skipif(
     jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10, 2),
     reason="reads programs of XLA's CPU backend, which before jax 0.10.2 writes out the squares of any sum of squares",
 )
+
+
+def mesh(kind=AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
+    """A mesh with these axes and their sizes, on virtual CPU devices where the accelerators are too few."""
+    count = math.prod(axes.values())
+    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes), devices=devices[:count])
 
 
 def sample(seed: int = 0, scale: float = 1.0, dtype=jnp.float32) -> dict:
