@@ -81,7 +81,7 @@ def measure(tree: str, names: list[str], rounds: int, steps: int, dtype: str) ->
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     count = sum(x.size for x in jax.tree.leaves(params))
     print(f"\n{tree}: {len(jax.tree.leaves(params))} leaves, {count / 1e6:.1f} M parameters in {dtype}", flush=True)
-    print(f"{'':28} {'step':>6} {'quartiles':>13} {'scratch':>9} {'compile':>8}")
+    print(f"{'':28} {'step':>6} {'quartiles':>13} {'seconds':>9} {'scratch':>9} {'compile':>8}")
     params = jax.tree.map(jnp.copy, params)
     adam_state = adam_of(jax.jit(ADAM.init)(params))
     compiled(OPTIMIZERS["bare"], params, adam_state, grads)  # warm-up
@@ -103,7 +103,8 @@ def measure(tree: str, names: list[str], rounds: int, steps: int, dtype: str) ->
         program, seconds = programs[name]
         scratch = program.memory_analysis().temp_size_in_bytes / size
         ratio = seconds / programs["bare"][1]
-        print(f"{name:28} {middle:6.3f} {low:6.3f}-{high:.3f} {scratch:9.2%} {ratio:8.2f}", flush=True)
+        seconds = statistics.median(times[name]) / steps
+        print(f"{name:28} {middle:6.3f} {low:6.3f}-{high:.3f} {seconds:9.5f} {scratch:9.2%} {ratio:8.2f}", flush=True)
 
 
 def main() -> None:

@@ -43,9 +43,9 @@ def random(shapes: dict, seed: int = 0, scale: float = 1e-2, dtype=jnp.float32) 
     return treedef.unflatten([(scale * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, flat)])
 
 
-def gpt_336m() -> dict:
-    """Shapes of a GPT-like model of the size of GPT-2 medium: 336 M parameters in 195 leaves."""
-    return gpt(layers=24, width=1024, vocabulary=32768, context=1024)
+def gpt_wide() -> dict:
+    """Shapes of a GPT-like model with few, large leaves, for accelerators: 1.5 G parameters in 99 leaves."""
+    return gpt(layers=12, width=3072, vocabulary=50304, context=2048)
 
 
-TREES = {"gpt": gpt, "resnet50": resnet50, "small": small, "gpt_336m": gpt_336m}
+TREES = {"gpt": gpt, "resnet50": resnet50, "small": small, "gpt_wide": gpt_wide}
