@@ -841,24 +841,6 @@ def test_shard_map_is_one_device(name, mesh_name):
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", ["zclip", "autoclip_by_leaf"])
-def test_jit_with_sharded_arrays_is_one_device(name):
-    """Under jit with named shardings, updates and statistics are those of one device, in one trace."""
-    updates, specs = spread("4x2")
-    mesh, tx = mesh_of("4x2"), SHARDED[name]()
-    place = lambda tree: jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
-    state, expected_state = tx.init(place(updates)), tx.init(updates)
-    step, alone = jax.jit(tx.update), jax.jit(tx.update)
-    for size in SIZES:
-        scaled = jax.tree.map(lambda x, size=size: size * x, updates)
-        clipped, state = step(place(scaled), state)
-        expected, expected_state = alone(scaled, expected_state)
-        chex.assert_trees_all_close((clipped, state), (expected, expected_state), rtol=1e-5)
-        for path, leaf in clipped.items():
-            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[path]), leaf.ndim)
-        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-
-
 # Programs
 
 

@@ -1,0 +1,143 @@
+"""What the compilers for TPU and H100 make of a step, on any machine; and one exported program for all platforms."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import chex
+import clips
+import jax
+import pytest
+import trees
+
+import optax_clip as oc
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "accelerators.py"
+TARGETS = {
+    "libtpu": ["v5e", "v5e x 256, fsdp", "v5e x 256, fsdp x tensor"],
+    "jax_cuda12_plugin": ["h100", "h100 x 8, fsdp x tensor"],
+}
+GLOBAL = ["clip_by_global_norm", "autoclip", "zclip", "clip_by_sigma", "clip_by_norm_range"]
+WHOLE = [*GLOBAL, "clip_by_leaf_norm", "adagc", "clip_by_group_norm", "clip_by_block_rms"]
+UNITS = ["clip_by_unit_norm", "adaptive_grad_clip"]
+EIGHTH = 8 / 7  # AdamW reads four arrays and writes three; a norm reads one more
+SPREAD = [name for names in TARGETS.values() for name in names[1:]]
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """From target and clip to a report; both compilers at work side by side."""
+    present = [name for name in TARGETS if importlib.util.find_spec(name)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--json", "--layers", "2", *TARGETS[name]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in present
+    ]
+    found = {}
+    for process in running:
+        out, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        for target, clip, fields in map(json.loads, out.splitlines()):
+            found[target, clip] = fields
+    return found
+
+
+def of(reports, target: str, *names: str) -> list[dict]:
+    """The reports of these clips; skips where the compiler is missing."""
+    if (target, names[0]) not in reports:
+        pytest.skip("the compilers are missing: install optax_clip[aot]")
+    return [reports[target, name] for name in names]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "adaptive_grad_clip", "clip"])
+def test_h100_reads_what_it_must(reports, name):
+    """A norm costs one more read of the gradients, AGC one more of the parameters, a value clip none."""
+    bare, clip = of(reports, "h100", "bare", name)
+    floor = {"adaptive_grad_clip": 9 / 7, "clip": 1.0}.get(name, EIGHTH)
+    assert clip["bytes"] <= 1.01 * floor * bare["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("clip_by_global_norm", 1.08), ("clip_by_block_rms", 1.0), ("adaptive_grad_clip", 1.35)]
+)
+def test_h100_runs_few_kernels(reports, name, most):
+    """Hardly more kernels than with Optax's clip, in a small model: the metrics take a few, whatever its size."""
+    ours, optax = of(reports, "h100", name, f"optax.{name}")
+    assert ours["kernels"] <= most * optax["kernels"]
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_tpu_cycles(reports, name):
+    """A global clip, adaptive or not, takes the cycles of Optax's, and at most twice its scratch."""
+    ours, optax = of(reports, "v5e", name, "optax.clip_by_global_norm")
+    assert ours["cycles"] <= 1.03 * optax["cycles"]  # what the window of autoclip takes does not grow with the model
+    assert ours["scratch"] <= 2 * optax["scratch"]
+
+
+@pytest.mark.parametrize("name", ["adaptive_grad_clip", "clip_by_block_rms"])
+def test_tpu_scratch(reports, name):
+    """At most twice that of Optax's clip."""
+    ours, optax = of(reports, "v5e", name, f"optax.{name}")
+    assert ours["scratch"] <= 2 * optax["scratch"]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *UNITS, "clip"])
+@pytest.mark.parametrize("target", SPREAD)
+def test_only_sums_travel(reports, target, name):
+    """Nothing is gathered, not even in rare steps."""
+    (report,) = of(reports, target, name)
+    assert set(report["collectives"]) <= {"all-reduce"}
+    assert set(report["rare_collectives"]) <= {"all-reduce"}
+    assert name != "clip" or not report["collectives"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("target", SPREAD)
+def test_one_sum_for_a_whole_clip(reports, target, name):
+    """All norms of whole leaves travel in one all-reduce (on TPU, one for each order in which leaves name the axes)."""
+    report, optax = of(reports, target, name, "optax.clip_by_global_norm")
+    sums = report["collectives"]["all-reduce"]
+    assert len(sums) == (len(optax["collectives"]["all-reduce"]) if target.startswith("v5e") else 1)
+    assert sum(sums) <= 2 * 15  # two numbers for each of the leaves that are spread
+
+
+@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("target", SPREAD)
+def test_units_take_few_sums(reports, target, name):
+    """Beside the norms of the units themselves, the metrics take one sum for each axis that units are spread over."""
+    report, optax = of(reports, target, name, "optax.adaptive_grad_clip")
+    metrics = 2 if "tensor" in target else 0
+    assert len(report["collectives"]["all-reduce"]) <= len(optax["collectives"]["all-reduce"]) + metrics
+
+
+EXPORTED = [
+    *((case.name, lambda case=case: case.make(0.5)) for case in clips.CLIPS),
+    *((name, getattr(oc, name)) for name in ("autoclip", "zclip", "adagc", "clip_by_sigma")),
+]
+
+
+@pytest.mark.parametrize("make", [make for _, make in EXPORTED], ids=[name for name, _ in EXPORTED])
+def test_export(make):
+    """One exported program runs on all platforms: saved, loaded and called here, it gives the same bits."""
+    tx, updates = make(), trees.sample(0, 3.0)
+    state = tx.init(updates)
+    treedef = jax.tree.structure((updates, state))
+
+    @jax.jit
+    def step(*leaves):
+        updates, state = jax.tree.unflatten(treedef, leaves)
+        return jax.tree.leaves(tx.update(updates, state, updates))
+
+    leaves = jax.tree.leaves((updates, state))
+    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(*leaves)
+    loaded = jax.export.deserialize(exported.serialize())
+    assert set(loaded.platforms) == {"cpu", "cuda", "tpu"}
+    chex.assert_trees_all_close(jax.jit(loaded.call)(*leaves), step(*leaves), rtol=1e-6)
