@@ -1,8 +1,9 @@
-"""Set up before jax is imported: 8 virtual CPU devices, and the names that examples use."""
+"""Set up before jax is imported: 8 virtual CPU devices, GPU memory as needed, and the names that examples use."""
 
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes run tests on one GPU
 
 import jax
 import jax.numpy as jnp

@@ -75,6 +75,7 @@ def renamed(clip) -> str:
     return re.sub(r"%grads__(\w*?)__(\w)__(\.\d+)?", r"%g\1\2__", text)
 
 
+@trees.on_a_cpu_that_fuses
 @pytest.mark.parametrize("name", [name for name in CLIPS if name not in ("value", "agc")])
 def test_the_second_pass_stands_in_one_conditional(name):
     """Exactness for extreme norms costs one conditional, whose branch ordinary steps do not take."""
