@@ -1,5 +1,6 @@
 """What the compilers for TPU and H100 make of a step, on any machine; and one exported program for all platforms."""
 
+import concurrent.futures
 import importlib.util
 import json
 import pathlib
@@ -25,29 +26,17 @@ UNITS = ["clip_by_unit_norm", "adaptive_grad_clip"]
 EIGHTH = 8 / 7  # AdamW reads four arrays and writes three; a norm reads one more
 SPREAD = [name for names in TARGETS.values() for name in names[1:]]
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-
 
 @pytest.fixture(scope="module")
 def reports():
     """From target and clip to a report; both compilers at work side by side."""
     present = [name for name in TARGETS if importlib.util.find_spec(name)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--json", "--layers", "2", *TARGETS[name]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in present
-    ]
-    found = {}
-    for process in running:
-        out, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
-        for target, clip, fields in map(json.loads, out.splitlines()):
-            found[target, clip] = fields
-    return found
+    arguments = [[sys.executable, str(SCRIPT), "--json", "--layers", "2", *TARGETS[name]] for name in present]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda words: subprocess.run(words, capture_output=True, text=True), arguments))
+    assert not any(process.returncode for process in done), [process.stderr for process in done]
+    lines = [json.loads(line) for process in done for line in process.stdout.splitlines()]
+    return {(target, clip): fields for target, clip, fields in lines}
 
 
 def of(reports, target: str, *names: str) -> list[dict]:
