@@ -276,12 +276,13 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
 
 def test_as_a_program(tmp_path):
     """The module runs as a program, without a display, and its exit status is that of main."""
-    # Without a platform jax reports drivers that it lacks.
+    # Where compilers for accelerators are installed, jax reports that it finds none, with this less than without.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=ROOT, env=environment)
     path = write(tmp_path, "a.npy", norms())
     done = run([sys.executable, "-W", "error", "-m", "optax_clip", str(path)])
-    assert (done.returncode, done.stderr) == (0, "") and "<- suggested" in done.stdout
+    said = [line for line in done.stderr.splitlines() if not re.match(r"WARNING: All log messages|I\d{4} ", line)]
+    assert (done.returncode, said) == (0, []) and "<- suggested" in done.stdout
     assert (tmp_path / "a.png").exists()
     done = run([sys.executable, "-m", "optax_clip", str(tmp_path / "b.csv")])
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith("no such file. Pass one with norms.\n")
