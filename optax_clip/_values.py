@@ -157,8 +157,8 @@ def _clipped(x: jax.Array, low: Any, high: Any) -> jax.Array:
 
 
 def _within_interval(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    # Compared in the wider type, selected in the leaf's own: an entry inside the bounds keeps its bits. Where the bounds
-    # are NaN, every number is outside.
+    # Compared in the wider type, selected in the leaf's own: an entry inside the bounds keeps its bits. Every number is
+    # outside of bounds that are NaN.
     wide, bad = x.astype(low.dtype), jnp.isnan(low)
     above, below = wide > jnp.where(bad, -math.inf, high), wide < jnp.where(bad, math.inf, low)
     return jnp.where(above, _cast(high, x.dtype), jnp.where(below, _cast(low, x.dtype), x))
