@@ -24,7 +24,6 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HO
 os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import trees
@@ -236,8 +235,7 @@ def compiled(clip, target: Target, shapes: dict):
     def placed(path, x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.sharding(jax.tree_util.keystr(path), x.ndim))
 
-    flat, treedef = jax.tree.flatten(shapes, is_leaf=lambda s: isinstance(s, tuple))
-    params = treedef.unflatten([jax.ShapeDtypeStruct(s, jnp.float32) for s in flat])
+    params = trees.structs(shapes)
     params, state = (
         jax.tree_util.tree_map_with_path(placed, tree) for tree in (params, jax.eval_shape(optimizer.init, params))
     )

@@ -11,7 +11,6 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import optax
 import trees
 from step_time import OPTIMIZERS
@@ -39,8 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--names", nargs="*", default=list(OPTIMIZERS))
     arguments = parser.parse_args()
-    shapes = trees.small(arguments.leaves)
-    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    params = trees.structs(trees.small(arguments.leaves))
     names = list(dict.fromkeys(["bare", *arguments.names]))
     seconds(OPTIMIZERS["bare"], params)  # warm-up
     found = {name: [] for name in names}

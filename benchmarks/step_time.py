@@ -100,9 +100,9 @@ def measure(tree: str, names: list[str], rounds: int, steps: int, dtype: str) ->
     for name in names:
         ratios = [a / b for a, b in zip(times[name], times["bare"])]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        program, seconds = programs[name]
+        program, compiling = programs[name]
         scratch = program.memory_analysis().temp_size_in_bytes / size
-        ratio = seconds / programs["bare"][1]
+        ratio = compiling / programs["bare"][1]
         seconds = statistics.median(times[name]) / steps
         print(f"{name:28} {middle:6.3f} {low:6.3f}-{high:.3f} {seconds:9.5f} {scratch:9.2%} {ratio:8.2f}", flush=True)
 

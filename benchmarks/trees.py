@@ -48,4 +48,9 @@ def gpt_wide() -> dict:
     return gpt(layers=12, width=3072, vocabulary=50304, context=2048)
 
 
+def structs(shapes: dict) -> dict:
+    """Leaves of these shapes to compile with, in f32."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
 TREES = {"gpt": gpt, "resnet50": resnet50, "small": small, "gpt_wide": gpt_wide}

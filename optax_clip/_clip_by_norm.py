@@ -11,7 +11,7 @@ import optax
 from optax_clip import _checks
 from optax_clip._blocks import broadcast, is_counted, varying, wide
 from optax_clip._packing import Packing, packing_of
-from optax_clip._reductions import root, root_of_squares, squares, total
+from optax_clip._reductions import real_parts, root, root_of_squares, squares, total
 from optax_clip._responses import shrink
 from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
 
@@ -120,11 +120,12 @@ def norm_step(
     def step_fn(updates, state, params):
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         thresholds, rule = blocks.thresholds(state.rule, params)
-        factors = [_factor(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
+        pairs = [_scale_and_factor(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
+        scales, factors = [scale for scale, _ in pairs], [factor for _, factor in pairs]
         by_block = blocks.packing.unpack_to_kernels(factors)
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [leaf if b is None else _scaled(leaf, by_block[b]) for leaf, b in zip(leaves, blocks.of_leaf)]
-        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, respond)
+        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
         step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
         new = ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
@@ -211,18 +212,14 @@ class _Blocks:
         return jax.tree.structure(self.updates).unflatten(kept)
 
 
-def _scale(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The scale of a block, with the norm and the threshold that the response may be asked about."""
+def _scale_and_factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array]:
+    """The scale of a block, to report, and what to multiply by: the scale; or, negative, the root of one that may leave
+    the range of f32, to multiply by twice."""
     off = threshold == jnp.inf
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
     n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
-    return jnp.where(live, respond(n, t), jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype), n, t
-
-
-def _factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> jax.Array:
-    """The scale of a block; or, negative, the root of one that may leave the range of f32, to multiply by twice."""
-    scale, n, t = _scale(norm, threshold, respond)
+    scale = jnp.where(live, respond(n, t), jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)
     # A scale below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
     far = (scale < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
@@ -233,7 +230,7 @@ def _factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> jax.Arr
     # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
     # every entry. The divisor is 1, since norms are not negative, but it does not know that.
     one = jnp.where(norm < 0, 2.0, 1.0).astype(norm.dtype)
-    return factor.astype(norm.dtype) / one
+    return scale, factor.astype(norm.dtype) / one
 
 
 def _again(factor: jax.Array) -> jax.Array:
@@ -244,21 +241,18 @@ def _again(factor: jax.Array) -> jax.Array:
 def _scaled(leaf: Any, factor: jax.Array) -> jax.Array:
     """leaf * scale, multiplied in f32 or better and rounded once; the leaf itself where the scale is 1."""
     x = jnp.asarray(leaf)
-    dtype = wide(x)
-    factor = factor.astype(dtype)
-    parts = [
-        part.astype(dtype) * factor * _again(factor) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])
-    ]
+    factor = factor.astype(wide(x))
+    parts = [part * factor * _again(factor) for part in real_parts(x)]
     # x * 1 would flush subnormal numbers on some processors.
     return jnp.where(factor == 1, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
 
 
-def _summary(norms: list, thresholds: list, respond: Callable) -> list[jax.Array]:
+def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
     """Total norm, mean threshold, mean scale, share of blocks above their thresholds: f32[] each."""
     if not any(n.size for n in norms):
         return [jnp.full([], x, jnp.float32) for x in (0.0, 0.0, 1.0, 0.0)]
-    # Not from the factors: those are needed once for each entry, and GPUs compute them there.
-    scales = [_scale(n, t, respond)[0].astype(jnp.float32) for n, t in zip(norms, thresholds)]
+    # Scales, not factors: on GPUs, all sums over one array then share a kernel with what computes its factors.
+    scales = [scale.astype(jnp.float32) for scale in scales]
     above = [((n > t) & jnp.isfinite(n)).astype(jnp.float32) for n, t in zip(norms, thresholds)]
     norms = [n.astype(jnp.float32) for n in norms]
     thresholds = [t.astype(jnp.float32) for t in thresholds]

@@ -29,9 +29,8 @@ def l2_norms(values: list, *, layout: tuple, sizes: tuple[int, ...], mean: bool)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _l2_norms(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
     """sqrt(Σ |x|² / count) of each block, by what suits the device."""
-    in_steps, in_f64, split = (
-        functools.partial(method, layout, sizes, counts) for method in (_l2_in_steps, _l2_in_f64, _l2_split)
-    )
+    in_steps, in_f64 = (functools.partial(method, layout, counts) for method in (_l2_in_steps, _l2_in_f64))
+    split = functools.partial(_l2_split, layout, sizes, counts)
     # Of the other methods, `in_steps` adds least to the only read, but it takes the second read for a block of zeros,
     # which a whole tree is not, and at unit scope it asks all devices whether to.
     default = in_steps if len(values) == 1 else split
@@ -52,7 +51,7 @@ def _(layout, sizes, counts, primals, tangents):
     return norms, [s / n for s, n in zip(sums, counts)]
 
 
-def _l2_in_f64(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
+def _l2_in_f64(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
     """For GPUs, where products and sums in f64 take no more time than reading the values."""
     dtypes = [jnp.result_type(jnp.float32, *(wide(x) for x in block)) for block in values]
     with jax.enable_x64(True):
@@ -68,16 +67,14 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     # The barrier keeps XLA from multiplying scales first, or entries, where it knows them.
     hidden = {k: jax.lax.optimization_barrier(jnp.float32(k)) for k in {*small, *large, *edges}}
 
-    def sum_of_squares(i, x, axes, k, is_large):
-        kept = [jnp.where((jnp.abs(y) >= hidden[edges[i]]) == is_large, y, 0.0) for y in _real_parts(x)]
-        return _sum_of_squares(kept, axes, hidden[k[i]])
-
     n = len(values)
-    sums = _reduce(
-        values + values,
-        layout + layout,
-        lambda i, x, axes: sum_of_squares(i % n, x, axes, *((small, False) if i < n else (large, True))),
-    )
+
+    def sum_of_squares(i, x, axes):
+        block, is_large = i % n, i >= n
+        kept = [jnp.where((jnp.abs(y) >= hidden[edges[block]]) == is_large, y, 0.0) for y in real_parts(x)]
+        return _sum_of_squares(kept, axes, hidden[(large if is_large else small)[block]])
+
+    sums = _reduce(values + values, layout + layout, sum_of_squares)  # of small entries, and then of large ones
     packing = packing_of(sums[:n])
     per_root = [[k * math.sqrt(count) for k, count in zip(scales, counts)] for scales in (small, large)]
     norms = []
@@ -88,7 +85,7 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     return packing.unpack(norms)
 
 
-def _l2_in_steps(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
+def _l2_in_steps(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
     """In one read, and in a second one at another scale where squares left the range of f32."""
     # On CPU XLA would keep a copy of squares that an optimizer also takes: those of gradients that are not scaled.
     hidden = jax.lax.platform_dependent(
@@ -130,14 +127,14 @@ def _sum_of_squares(
     xs: list, axes: tuple[int, ...] | None, scale: jax.Array | None = None, dtype: Any = None
 ) -> jax.Array:
     """Over the entries of all `xs`, which are alike, in `dtype` or in the least that is wide enough."""
-    parts = [part.astype(dtype or part.dtype) for x in xs for part in _real_parts(x)]
+    parts = [part.astype(dtype or part.dtype) for x in xs for part in real_parts(x)]
     scaled = [part if scale is None else part * scale.astype(part.dtype) for part in parts]
     return _over(jnp.sum, fold(jnp.add, [jnp.square(part) for part in scaled]), axes)
 
 
-def _real_parts(x: jax.Array) -> list[jax.Array]:
-    """f32 or wider."""
-    return [part.astype(wide(part)) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
+def real_parts(x: jax.Array) -> list[jax.Array]:
+    """Real and imaginary part, or the array itself, in f32 or wider."""
+    return [_at_least_f32(part) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
 
 
 def root(s: jax.Array, scale: jax.Array) -> jax.Array:

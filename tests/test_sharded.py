@@ -15,6 +15,7 @@ import pytest
 import trees
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_programs import entry
 
 import optax_clip as oc
 from optax_clip import clip_metrics
@@ -43,9 +44,7 @@ over_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 over_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
 
-def sample(seed: int = 0, scale: float = 1.0) -> dict:
-    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    return {name: scale * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, SHAPES.items())}
+sample = functools.partial(trees.sample, shapes=SHAPES)
 
 
 def shardings(kind, layout) -> dict:
@@ -62,8 +61,7 @@ def on(mesh):
 
 def collectives(program) -> dict:
     """How many of each kind an ordinary step runs: those of the main computation."""
-    text = program.as_text()
-    kinds = re.findall(rf" (all-reduce|{GATHERS})(?:-start)?\(", text[text.index("\nENTRY") :])
+    kinds = re.findall(rf" (all-reduce|{GATHERS})(?:-start)?\(", entry(program))
     return dict(collections.Counter(kinds))
 
 

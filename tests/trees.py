@@ -22,9 +22,11 @@ def mesh(kind=AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes), devices=devices[:count])
 
 
-def sample(seed: int = 0, scale: float = 1.0, dtype=jnp.float32) -> dict:
-    """Leaves of rank 0 to 4, of one dtype."""
-    shapes = {"bias": (5,), "conv": (2, 2, 3, 4), "dense": (6, 5), "heads": (4, 2, 3), "scale": ()}
+SHAPES = {"bias": (5,), "conv": (2, 2, 3, 4), "dense": (6, 5), "heads": (4, 2, 3), "scale": ()}
+
+
+def sample(seed: int = 0, scale: float = 1.0, dtype=jnp.float32, shapes: dict = SHAPES) -> dict:
+    """Leaves of one dtype; of rank 0 to 4."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
         name: (scale * jax.random.normal(key, shape)).astype(dtype) for key, (name, shape) in zip(keys, shapes.items())
