@@ -174,12 +174,20 @@ def test_import_leaves_figures_alone():
 
 
 def test_import_is_quick():
-    """After Optax the package imports in under 50 ms, in the best of five fresh interpreters."""
-    program = "import time, optax; t = time.perf_counter(); import optax_clip; print(time.perf_counter() - t)"
-    seconds = []
-    while len(seconds) < 5 and min(seconds, default=1.0) > 0.05:
+    """It takes less than a tenth of what Optax and JAX take, in processor time, the best of five fresh interpreters."""
+    program = """
+import time
+start = time.process_time()
+import jax, optax
+between = time.process_time()
+import optax_clip
+print((time.process_time() - between) / (between - start))
+"""
+    # About 20 ms against 500. A share of the same process, since a busy machine slows down both.
+    shares = []
+    while len(shares) < 5 and min(shares, default=1.0) > 0.1:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=FOLDER.parent
         )
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.05
+        shares.append(float(done.stdout))
+    assert min(shares) < 0.1
