@@ -23,10 +23,19 @@ from optax_clip._norm_clips import (
 from optax_clip._norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
 from optax_clip._responses import normalize, shrink, smooth, tanh
 from optax_clip._rules import minimum, param_fraction
+from optax_clip._skipping import SkipState, skip_spikes
 from optax_clip._thresholds import Threshold, per_block, scheduled
-from optax_clip._values import ValueClipState, clip, clip_by_value
+from optax_clip._values import ValueClipState, clip, clip_by_magnitude, clip_by_value
+from optax_clip._weights import (
+    WeightState,
+    clip_weight_norm,
+    clip_weights,
+    project_weights,
+    prune_weights,
+    rescale_weights,
+)
 from optax_clip._windows import quantile, sigma_window
-from optax_clip._wrappers import SkipState, skip_spikes
+from optax_clip._wrappers import ErrorFeedbackState, RandomClipState, clip_randomly, with_error_feedback
 
 if _collecting:
     _gc.enable()
@@ -37,6 +46,7 @@ __all__ = [
     # Clip single entries
     "clip",
     "clip_by_value",
+    "clip_by_magnitude",
     # Clip norms at a threshold
     "clip_by_global_norm",
     "clip_by_leaf_norm",
@@ -50,13 +60,24 @@ __all__ = [
     "zclip",
     "adagc",
     "clip_by_sigma",
-    # Skip steps
+    # Keep weights in bounds
+    "clip_weights",
+    "clip_weight_norm",
+    "prune_weights",
+    "rescale_weights",
+    "project_weights",
+    # Around a clip or an optimizer
     "skip_spikes",
+    "with_error_feedback",
+    "clip_randomly",
     # See what was clipped
     "clip_metrics",
     "ClipState",
     "ValueClipState",
     "SkipState",
+    "WeightState",
+    "ErrorFeedbackState",
+    "RandomClipState",
     # Choose a threshold
     "replay",
     "Replay",

@@ -116,6 +116,15 @@ def static_int(value: Any, *, caller: str, name: str, low: int) -> int:
     return operator.index(value)
 
 
+def floating_dtype(value: Any, *, caller: str, name: str) -> None:
+    try:
+        known = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise TypeError(f"{caller}: {name} must be a floating dtype, got {_show(value)}. Pass jnp.float32, or None.")
+
+
 def norms(value: Any, *, caller: str) -> np.ndarray:
     """A vector of recorded norms in f64, NaN and inf included."""
     try:
@@ -184,12 +193,11 @@ def function(value: Any, *, caller: str, name: str, example: str) -> None:
         raise TypeError(f"{caller}: {name} must be a function, got {_show(value)}. For example: {example}.")
 
 
-def params_given(params: Any, *, caller: str) -> None:
+def params_given(
+    params: Any, *, caller: str, why: str = "The threshold is a share of the norm of the parameters."
+) -> None:
     if params is None:
-        raise ValueError(
-            f"{caller}: params are missing. The threshold is a share of the norm of the parameters. "
-            "Call update(updates, state, params)."
-        )
+        raise ValueError(f"{caller}: params are missing. {why} Call update(updates, state, params).")
 
 
 def params_like(updates: Any, params: Any, *, caller: str) -> list:

@@ -5,7 +5,14 @@ from typing import Any
 import jax
 
 from optax_clip._clip_by_norm import ClipState
-from optax_clip._wrappers import SkipState
+from optax_clip._skipping import SkipState
+from optax_clip._weights import WeightState
+
+_FIELDS = {
+    ClipState: ("norm", "threshold", "scale", "clip_rate"),
+    SkipState: ("total_skipped", "consecutive_skipped"),
+    WeightState: ("touched",),
+}
 
 
 def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
@@ -15,17 +22,18 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     inside jit and scan; it reads numbers that the step computed anyway.
 
     Args:
-      opt_state: an optimizer state that holds at least one `ClipState`.
+      opt_state: an optimizer state that holds at least one `ClipState` or `WeightState`.
       prefix: first part of the names.
 
     Returns:
       `{"clip/norm": ..., "clip/threshold": ..., "clip/scale": ..., "clip/clip_rate": ...}`, f32[] each: the norm
       *before* clipping (so it may exceed the threshold), the mean threshold and scale over blocks, and the running
       mean over steps of the share of blocks above their threshold. With several clips the path of each stands
-      between: `clip/0/norm`. `skip_spikes` adds `clip/total_skipped` and `clip/consecutive_skipped`, i32[] each.
+      between: `clip/0/norm`. `skip_spikes` adds `clip/total_skipped` and `clip/consecutive_skipped`, i32[] each; clips
+      of weights `clip/touched`, f32[].
 
     Raises:
-      ValueError: there is no norm clip in the state.
+      ValueError: there is no norm clip or clip of weights in the state.
 
     Example:
       >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -34,19 +42,18 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
       >>> {name: round(float(value), 3) for name, value in clip_metrics(state).items()}
       {'clip/norm': 5.0, 'clip/threshold': 1.0, 'clip/scale': 0.2, 'clip/clip_rate': 1.0}
     """
-    clips = _states(opt_state, ClipState)
-    if not clips:
+    states = {kind: _states(opt_state, kind) for kind in _FIELDS}
+    if not any(states.values()):
         raise ValueError(
             f"clip_metrics: found no ClipState in opt_state, a {type(opt_state).__name__}. Pass the state of an "
-            "optimizer with a norm clip in it; clips of single entries (clip, clip_by_value) measure nothing, and "
-            "clip_by_global_norm(None) measures without clipping."
+            "optimizer with a norm clip or a clip of weights in it; clips of single entries (clip, clip_by_value) "
+            "measure nothing, and clip_by_global_norm(None) measures without clipping."
         )
-    fields = ("norm", "threshold", "scale", "clip_rate"), ("total_skipped", "consecutive_skipped")
     metrics = {}
-    for found, names in zip((clips, _states(opt_state, SkipState)), fields):
+    for kind, found in states.items():
         for path, state in found:
             where = jax.tree_util.keystr(path, simple=True, separator="/") if len(found) > 1 else ""
-            for name in names:
+            for name in _FIELDS[kind]:
                 metrics["/".join(filter(None, (prefix, where, name)))] = getattr(state, name)
     return metrics
 

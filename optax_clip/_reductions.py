@@ -207,7 +207,7 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
         # Maxima over devices may lose a NaN; inf is as loud.
         return _over(jnp.max, jnp.where(jnp.isnan(size), jnp.inf, size), axes, initial=0.0)
 
-    peaks = _reduce(values, layout, peak, jnp.maximum, _pmax)
+    peaks = _reduce(values, layout, peak, jnp.maximum, pmax)
     if ord == math.inf:
         return peaks
     # The norm does not depend on the unit. Its reciprocal must be a normal number: XLA multiplies by that.
@@ -237,7 +237,7 @@ def _at_least_f32(x: jax.Array) -> jax.Array:
     return x if jnp.iscomplexobj(x) else x.astype(wide(x))
 
 
-def _pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:
+def pmax(arrays: list[jax.Array], names: tuple[str, ...]) -> list[jax.Array]:
     """`lax.pmax`, with the derivative that it lacks: the mean of those of the entries that attain the maximum."""
     peaks = jax.lax.pmax(jax.lax.stop_gradient(arrays), names)
     held = [((a == peak) & jnp.isfinite(a)).astype(a.dtype) for a, peak in zip(arrays, peaks)]

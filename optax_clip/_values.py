@@ -1,6 +1,7 @@
 """Clips of single entries. They measure nothing, which would cost another read."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from optax_clip._thresholds import cast, is_threshold, schedule_value
 
 
 class ValueClipState(NamedTuple):
-    """How often a clip of single entries was applied."""
+    """How often a clip that measures nothing was applied."""
 
     step: jax.Array  # i32[]: updates so far, saturates
 
@@ -48,12 +49,11 @@ def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
       Mikolov, Statistical language models based on neural networks, 2012. Numbers are those of `optax.clip`; PyTorch's
       `clip_grad_value_`.
     """
-    _check_bounds(max_delta, caller="clip", name="max_delta", low=0.0)
+    check_bounds(max_delta, caller="clip", name="max_delta", low=0.0)
 
     def bounds(step, updates):
-        deltas = broadcast(max_delta, updates, caller="clip", name="max_delta")
-        deltas = [_at(step, delta, "clip: max_delta") for delta in deltas]
-        return [(None, None) if d is None else (-d, d) for d in map(_not_negative, deltas)]
+        deltas = bounds_at(step, max_delta, updates, caller="clip", name="max_delta", low=0.0)
+        return [(None, None) if delta is None else (-delta, delta) for delta in deltas]
 
     return _entrywise(bounds)
 
@@ -89,24 +89,74 @@ def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.Gradien
     References:
       Mikolov, Statistical language models based on neural networks, 2012; `tf.clip_by_value`.
     """
-    _check_bounds(min_value, caller="clip_by_value", name="min_value")
-    _check_bounds(max_value, caller="clip_by_value", name="max_value")
+    check_bounds(min_value, caller="clip_by_value", name="min_value")
+    check_bounds(max_value, caller="clip_by_value", name="max_value")
     _checks.ordered(min_value, max_value, caller="clip_by_value", low="min_value", high="max_value")
 
     def bounds(step, updates):
-        lows = broadcast(min_value, updates, caller="clip_by_value", name="min_value")
-        highs = broadcast(max_value, updates, caller="clip_by_value", name="max_value")
-        for low, high in zip(lows, highs):
-            _checks.ordered(low, high, caller="clip_by_value", low="min_value", high="max_value")
-        return [
-            (_at(step, low, "clip_by_value: min_value"), _at(step, high, "clip_by_value: max_value"))
-            for low, high in zip(lows, highs)
-        ]
+        return pairs_at(step, (min_value, max_value), updates, caller="clip_by_value", names=("min_value", "max_value"))
 
     return _entrywise(bounds)
 
 
-def _check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None) -> None:
+def clip_by_magnitude(min_magnitude: Any = None, max_magnitude: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Bounds the magnitude of every entry from both sides; its sign or phase is kept, and zero stays zero.
+
+    x ← sign(x) · min(max(|x|, min_magnitude), max_magnitude)
+
+    The sibling of `clip_by_norm_range` for single entries: "gradient cutting" from both sides.
+
+    Args:
+      min_magnitude: smallest magnitude of an entry that is not 0, >= 0: a number, a scalar array (traced too), an Optax
+        schedule, None for no bound, or a prefix tree of these.
+      max_magnitude: largest magnitude, >= min_magnitude, likewise. Where values that are known only in the compiled
+        program cross, `max_magnitude` wins.
+
+    Returns:
+      A transformation with the state `ValueClipState`: i32[].
+
+    Raises:
+      ValueError: a bound is negative, NaN or not a scalar, min_magnitude > max_magnitude, or a tree does not fit the
+        updates.
+      TypeError: a bound is of the wrong kind.
+
+    Guarantees:
+      Entries inside the bounds are bit-identical; inf goes to the upper bound, NaN stays NaN. Shapes and dtypes are
+      kept. A traced bound below 0 acts as 0, a NaN makes every entry NaN that is not 0.
+
+    Example:
+      >>> tx = clip_by_magnitude(0.5, 2.0)
+      >>> grads = jnp.array([-9.0, -0.1, 0.0, 1.0])
+      >>> print(tx.update(grads, tx.init(grads))[0])
+      [-2.  -0.5  0.   1. ]
+
+    References:
+      Cutting gradients from both sides. With one bound for both and SGD, updates by sign: Riedmiller, Braun, A direct
+      adaptive method for faster backpropagation learning, 1993.
+    """
+    names = ("min_magnitude", "max_magnitude")
+    for name, bound in zip(names, (min_magnitude, max_magnitude)):
+        check_bounds(bound, caller="clip_by_magnitude", name=name, low=0.0)
+    _checks.ordered(min_magnitude, max_magnitude, caller="clip_by_magnitude", low=names[0], high=names[1])
+
+    def bounds(step, updates):
+        both = (min_magnitude, max_magnitude)
+        return pairs_at(step, both, updates, caller="clip_by_magnitude", names=names, low=0.0)
+
+    return _entrywise(bounds, _within_magnitudes)
+
+
+def first_step(params: Any) -> ValueClipState:
+    del params
+    return ValueClipState(jnp.zeros([], jnp.int32))
+
+
+def next_step(state: ValueClipState) -> ValueClipState:
+    return ValueClipState(jnp.asarray(optax.safe_increment(state.step)))
+
+
+def check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None) -> None:
+    """Raises unless `tree` is a bound for entries, or a tree of them."""
     for value in jax.tree.leaves(tree, is_leaf=is_threshold):
         if is_threshold(value):
             raise TypeError(
@@ -119,31 +169,47 @@ def _check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None
             )
 
 
-def _not_negative(bound: Any) -> Any:
-    """Traced values and those of schedules may be negative; NaN stays."""
-    return jnp.maximum(bound, jnp.zeros_like(bound)) if isinstance(bound, jax.Array) else bound and max(bound, 0.0)
+def bounds_at(
+    step: jax.Array, tree: Any, updates: Any, *, caller: str, name: str, low: float | None = None
+) -> list[Any]:
+    """The bound for each leaf at this step, or None. Values that are known only now, and below `low`, act as `low`."""
+
+    def now(bound):
+        if callable(bound):
+            bound = schedule_value(bound, step, f"{caller}: {name}")
+        if bound is None or low is None:
+            return bound
+        # Keeps NaN.
+        return jnp.maximum(bound, jnp.asarray(low, bound.dtype)) if isinstance(bound, jax.Array) else max(bound, low)
+
+    return [now(bound) for bound in broadcast(tree, updates, caller=caller, name=name)]
 
 
-def _at(step: jax.Array, bound: Any, argument: str) -> Any:
-    """The bound at this step."""
-    return schedule_value(bound, step, argument) if callable(bound) else bound
+def pairs_at(
+    step: jax.Array, trees: tuple, updates: Any, *, caller: str, names: tuple, low: float | None = None
+) -> list:
+    """The lower and upper bound for each leaf at this step."""
+    given = [broadcast(tree, updates, caller=caller, name=name) for tree, name in zip(trees, names)]
+    for pair in zip(*given):
+        _checks.ordered(*pair, caller=caller, low=names[0], high=names[1])
+    columns = (bounds_at(step, tree, updates, caller=caller, name=name, low=low) for tree, name in zip(trees, names))
+    return list(zip(*columns))
 
 
-def _entrywise(bounds: Any) -> optax.GradientTransformationExtraArgs:
-    def init_fn(params):
-        del params
-        return ValueClipState(jnp.zeros([], jnp.int32))
+def _entrywise(bounds: Callable, clipped: Callable | None = None) -> optax.GradientTransformationExtraArgs:
+    """`clipped(leaf, low, high)` of each leaf, with the bounds that `bounds(step, updates)` gives it."""
+    clipped = _clipped if clipped is None else clipped
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        clipped = [
-            _clipped(jnp.asarray(leaf), *bound) if is_counted(leaf) else leaf
+        new = [
+            clipped(jnp.asarray(leaf), *bound) if is_counted(leaf) else leaf
             for leaf, bound in zip(leaves, bounds(state.step, updates))
         ]
-        return treedef.unflatten(clipped), ValueClipState(jnp.asarray(optax.safe_increment(state.step)))
+        return treedef.unflatten(new), next_step(state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(first_step, update_fn)
 
 
 def _clipped(x: jax.Array, low: Any, high: Any) -> jax.Array:
@@ -153,7 +219,7 @@ def _clipped(x: jax.Array, low: Any, high: Any) -> jax.Array:
     high = cast(math.inf if high is None else high, dtype)
     low = jnp.minimum(cast(-math.inf if low is None else low, dtype), high)  # keeps NaN
     high = jnp.where(jnp.isnan(low), low, high)
-    return _within_disc(x, low, high) if jnp.iscomplexobj(x) else _within_interval(x, low, high)
+    return within_disc(x, low, high) if jnp.iscomplexobj(x) else _within_interval(x, low, high)
 
 
 def _within_interval(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -170,7 +236,7 @@ def _cast(bound: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.isinf(bound), bound, jnp.clip(bound, -largest, largest)).astype(dtype)
 
 
-def _within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+def within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     radius = jnp.maximum(jnp.minimum(high, -low), 0.0)
     endless = jnp.isinf(x.real) | jnp.isinf(x.imag)
     outside = (jnp.abs(x) > radius) | (endless & (radius < jnp.inf)) | jnp.isnan(radius)
@@ -180,6 +246,23 @@ def _within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     real, imag = (jnp.where(endless, _sign_if_inf(part), part * unit) for part in (x.real, x.imag))
     magnitude = jnp.abs(jax.lax.complex(jnp.where(outside, real, 1.0), jnp.where(outside, imag, 0.0)))
     return jnp.where(outside, jax.lax.complex(real / magnitude * radius, imag / magnitude * radius), x)
+
+
+def _within_magnitudes(x: jax.Array, low: Any, high: Any) -> jax.Array:
+    x = x if high is None else _clipped(x, -high, high)
+    if low is None:
+        return x
+    dtype = wide(x)
+    low = jnp.minimum(cast(low, dtype), cast(math.inf if high is None else high, dtype))  # keeps NaN
+    raised = ~(jnp.abs(x).astype(dtype) >= low) & (x != 0) & ~jnp.isnan(x)
+    if not jnp.iscomplexobj(x):
+        low = _cast(low, x.dtype)
+        return jnp.where(raised, jnp.where(x < 0, -low, low), x)
+    # Of tiny entries, the direction from parts large enough for their magnitude to be a normal number.
+    unit = jnp.where(jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) < 1, 2.0**96, 1.0).astype(dtype)
+    real, imag = (jnp.where(raised, part * unit, 1.0) for part in (x.real, x.imag))
+    magnitude = jnp.abs(jax.lax.complex(real, imag))
+    return jnp.where(raised, jax.lax.complex(real / magnitude * low, imag / magnitude * low), x)
 
 
 def _sign_if_inf(x: jax.Array) -> jax.Array:

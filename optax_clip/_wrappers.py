@@ -1,4 +1,4 @@
-"""Transformations around an optimizer or a clip."""
+"""Transformations around a clip."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,154 +7,231 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import eval_jaxpr
 
-from optax_clip._checks import is_transformation
-from optax_clip._clip_by_norm import ClipState, norm_step
-from optax_clip._norms import global_norm
-
-
-class SkipState(NamedTuple):
-    """What `skip_spikes` did so far. Read it with `clip_metrics`."""
-
-    total_skipped: jax.Array  # i32[]: steps skipped so far, saturates
-    consecutive_skipped: jax.Array  # i32[]: steps skipped since the last one that was taken, saturates
-    measured: ClipState  # norm and threshold of the last step; scale 1 if it was taken, else 0; clip_rate: of spikes
-    inner_state: Any  # of the optimizer
+from optax_clip import _checks
+from optax_clip._blocks import is_counted, varying
+from optax_clip._thresholds import cast
 
 
-def skip_spikes(
-    inner: optax.GradientTransformation, threshold: Any = None, *, norm: Callable[[Any], Any] | None = None
+class ErrorFeedbackState(NamedTuple):
+    """What `with_error_feedback` carries from step to step."""
+
+    carry: Any  # like the params: what was clipped away and not added yet, f32 unless asked for otherwise
+    inner_state: Any  # of the clip
+
+
+def with_error_feedback(
+    clip: optax.GradientTransformation, *, accumulator_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips the steps whose gradient is a spike or not finite: no update, and the optimizer does not see them.
+    """Adds what a clip takes away to the updates of the next step, so that nothing is lost: U-Clip.
 
-    norm > threshold, or not finite: updates ← 0, state of `inner` as it was;  else: updates ← inner(updates)
+    updates ← clip(updates + carry),  carry ← updates_before + carry - updates_after
 
-    A clipped spike still moves the averages of an optimizer like Adam; a skipped one leaves no trace. Goes around the
-    optimizer: `skip_spikes(optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3)), z_score(z_max=6.0))`.
+    Clipping makes gradients biased; with the carry, the sum of all updates misses that of all gradients by no more
+    than what the carry holds at the end.
 
     Args:
-      inner: the optimizer, or any transformation.
-      threshold: the largest norm that is not skipped, >= 0, as `max_norm` of `clip_by_global_norm`: a number, a scalar
-        array (traced too), an Optax schedule, a rule such as `z_score()` or `sigma_window()`, or None to skip only what
-        is not finite. A step that is skipped enters the statistics of no rule, and does not count for a schedule.
-      norm: what is compared: None for `global_norm`. With several blocks, one above its threshold is enough.
+      clip: any transformation of the gradients; not the optimizer.
+      accumulator_dtype: floating dtype of the carry, as in `optax.trace`; None for f32, and for f64 leaves f64.
 
     Returns:
-      A transformation with the state `SkipState`: i32[], i32[], a `ClipState`, and the state of `inner`.
+      A transformation with the state `ErrorFeedbackState`: the carry, as large as the parameters in that dtype, and
+      the state of `clip`.
 
     Raises:
-      ValueError: `threshold` is negative, NaN or not a scalar.
-      TypeError: an argument is of the wrong kind.
+      TypeError: `clip` is not an Optax transformation, or `accumulator_dtype` is not a floating dtype.
 
     Guarantees:
-      In a skipped step, the state of `inner` keeps every bit, counters and random keys included, and every floating,
-      complex and integer update is 0. The selection is part of the kernels that write the state: no copy of it.
-      Where norms have grown above the threshold for good, every step is skipped, and a rule does not see it: choose
-      thresholds far above the usual, and watch `clip/consecutive_skipped`.
+      The sum of the updates that come out, plus the carry, is the sum of those that went in, to rounding in the dtype
+      of the carry. `clip` sees f32 at least, and what its result loses in the dtype of the updates is carried too.
+      What is not finite does not enter the carry: such a step comes out as `clip` makes it. Where the carry itself
+      cannot shrink, as with a threshold below the mean of the gradients, it grows without bound. Leaves without a
+      norm carry nothing.
 
     Example:
-      >>> tx = skip_spikes(optax.sgd(1.0), 10.0)
+      >>> tx = with_error_feedback(clip(1.0))
       >>> state = tx.init(jnp.zeros(1))
-      >>> for gradient in (2.0, 50.0, jnp.nan, 3.0):
+      >>> for gradient in (2.5, 0.0, 0.0):
       ...     updates, state = tx.update(jnp.array([gradient]), state)
-      ...     print(updates, state.total_skipped, state.consecutive_skipped)
-      [-2.] 0 0
-      [0.] 1 1
-      [0.] 2 2
-      [-3.] 2 0
+      ...     print(updates, state.carry)
+      [1.] [1.5]
+      [1.] [0.5]
+      [0.5] [0.]
 
     References:
-      Chowdhery and others, PaLM, 2022, arXiv 2204.02311, section 5.1, skip the batches around spikes of the loss.
+      Elesedy, Hutter, U-Clip: on-average unbiased stochastic gradient clipping, 2023, arXiv 2302.02971.
     """
-    if not is_transformation(inner):
-        raise TypeError(
-            f"skip_spikes: inner must be an Optax transformation, got {type(inner).__name__}. "
-            "For example: skip_spikes(optax.adamw(1e-3), 10.0)."
-        )
-    update_inner = optax.with_extra_args_support(inner).update
-    # Its updates are not used, so the compiler drops them.
-    norm = global_norm if norm is None else norm
-    watch_init, watch = norm_step(norm, threshold, None, caller="skip_spikes", name="threshold")
+    caller = "with_error_feedback"
+    _check_clip(clip, caller)
+    if accumulator_dtype is not None:
+        _checks.floating_dtype(accumulator_dtype, caller=caller, name="accumulator_dtype")
+    update_inner = optax.with_extra_args_support(clip).update
+
+    def nothing(param):
+        if not is_counted(param):
+            return None
+        param = jnp.asarray(param)
+        # The select keeps the sharding and the mesh axes of the parameter.
+        return jnp.where(False, param, 0).astype(_dtype_of_carry(param, accumulator_dtype))
 
     def init_fn(params):
-        zero = lambda: jnp.zeros([], jnp.int32)
-        return SkipState(zero(), zero(), watch_init(params), inner.init(params))
+        return ErrorFeedbackState(jax.tree.map(nothing, params), clip.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        _, measured, spikes = watch(updates, state.measured, params)
-        skip = ~jnp.isfinite(measured.norm) | jnp.isnan(measured.threshold) | (spikes > 0)
-        measured = measured._replace(
-            scale=jnp.where(skip, 0.0, 1.0).astype(jnp.float32),
-            rule=jax.tree.map(lambda new, old: jnp.where(skip, old, new), measured.rule, state.measured.rule),
-        )
-        new_updates, inner_state = _unless(
-            skip, lambda inner_state: update_inner(updates, inner_state, params, **extra_args), state.inner_state
-        )
-        return new_updates, SkipState(
-            jnp.where(skip, optax.safe_increment(state.total_skipped), state.total_skipped),
-            jnp.where(skip, optax.safe_increment(state.consecutive_skipped), 0),
-            measured,
-            inner_state,
-        )
+        sums = _map(lambda x, carry: _widened(x) + carry.astype(_widened(x).dtype), updates, state.carry)
+        clipped, inner_state = update_inner(sums, state.inner_state, params, **extra_args)
+        new = _map(lambda x, carry, y: _rounded(y, x), updates, state.carry, clipped)
+        left = _map(lambda carry, x, y, s: _left(s, y, carry), state.carry, updates, new, sums)
+        return new, ErrorFeedbackState(left, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
-    """`update(state)`, or where `skip` is true, updates of zero and the state as it was.
+def _map(function: Callable, first: Any, second: Any, *rest: Any) -> Any:
+    """`jax.tree.map`, where the first two have an array; else what the first has."""
+    return jax.tree.map(
+        lambda x, y, *others: x if not is_counted(x) or y is None else function(x, y, *others),
+        first,
+        second,
+        *rest,
+        is_leaf=lambda x: x is None,
+    )
 
-    A branch would write out the updates and a copy of the state. A select after the fact would do so too: for it XLA
-    keeps the state of before, while the updates are computed from the state of after. So each array of the new state is
-    selected where it is computed, and what follows sees what was selected.
+
+def _widened(x: Any) -> jax.Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _dtype_of_carry(param: jax.Array, dtype: Any) -> Any:
+    if dtype is None:
+        return _widened(param).dtype
+    return jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(param) else dtype
+
+
+def _rounded(x: jax.Array, like: Any) -> jax.Array:
+    """In the dtype of `like`, and as rounded there: compilers may leave out a conversion and its inverse."""
+    dtype = jnp.asarray(like).dtype
+    return (jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x).astype(dtype)
+
+
+def _left(total: jax.Array, update: Any, carry: jax.Array) -> jax.Array:
+    new = (total - _widened(update)).astype(carry.dtype)
+    return jnp.where(jnp.isfinite(new), new, carry)
+
+
+class RandomClipState(NamedTuple):
+    """Where `clip_randomly` goes on."""
+
+    key: jax.Array  # u32[2]: of the next step's draws
+    inner_state: Any  # of the clip
+
+
+def clip_randomly(
+    clip: optax.GradientTransformation, probability: Any, seed: Any = 0, *, per: str = "element"
+) -> optax.GradientTransformationExtraArgs:
+    """Clips a random part of the updates, drawn anew in each step: every entry, or every leaf, with a probability.
+
+    updates ← clip(updates) where a draw falls below probability;  else as they are
+
+    The clip sees all updates, so that its norms and statistics are those of the whole; what was not drawn passes as it
+    came. To clip a part that is always the same, use `optax.masked`.
+
+    Args:
+      clip: any transformation of the gradients.
+      probability: of being clipped, in [0, 1]: a number or a scalar array (traced too).
+      seed: an int or a key of `jax.random` (traced too). The same seed gives the same draws, on any device.
+      per: "element": a draw for each entry; "leaf": one for each leaf.
+
+    Returns:
+      A transformation with the state `RandomClipState`: u32[2], and the state of `clip`.
+
+    Raises:
+      ValueError: `probability` is out of range or not a scalar; `per` is neither.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      Draws of entries, leaves and steps are independent to any statistical end (a hash of the place in the leaf, keyed
+      by `jax.random`), the same under jit on any mesh, and computed where they are used: they take no memory. Inside
+      `shard_map` each device draws by itself for leaves that vary. Dtypes are kept.
+
+    Example:
+      >>> tx = clip_randomly(clip(1.0), 0.5, seed=1)
+      >>> grads = jnp.full(6, 3.0)
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates, tx.update(grads, state)[0])
+      [3. 3. 1. 1. 1. 1.] [1. 3. 3. 1. 3. 3.]
+
+    References:
+      Clipping all, a random part, or a selected part of the gradient. The hash is the finalizer of MurmurHash3
+      (Appleby, 2011).
     """
-    old, treedef = jax.tree.flatten(state)
-    others: list[Any] = []  # the structure of the result, and updates that are no arrays
+    caller = "clip_randomly"
+    _check_clip(clip, caller)
+    _checks.scalar(probability, caller=caller, name="probability", low=0.0, high=1.0, kinds=_checks.NUMBER)
+    _checks.choice(per, caller=caller, name="per", choices=("element", "leaf"))
+    _key_data(seed)
+    update_inner = optax.with_extra_args_support(clip).update
 
-    def arrays_of(old):
-        updates, new = update(treedef.unflatten(old))
-        leaves, structure = jax.tree.flatten(updates)
-        others[:] = [structure, [None if _is_array(leaf) else leaf for leaf in leaves]]
-        return [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)], treedef.flatten_up_to(new)
+    def init_fn(params):
+        return RandomClipState(_key_data(seed), clip.init(params))
 
-    program, (shapes, _) = jax.make_jaxpr(arrays_of, return_shape=True)(old)
-    results = program.jaxpr.outvars[len(shapes) :]
-    given = {*program.jaxpr.invars, *program.jaxpr.constvars}
-    before = {x: o for x, o in zip(results, old) if _is_var(x) and x not in given}
-    values = _evaluate(program, old, lambda x, value: jnp.where(skip, before[x], value) if x in before else value)
-    kept = [
-        value if value is o or (_is_var(x) and before.get(x) is o) else jnp.where(skip, o, value)
-        for x, value, o in zip(results, values[len(shapes) :], old)
-    ]
-    zeroed = iter([_zero_where(skip, value) for value in values[: len(shapes)]])
-    structure, leaves = others
-    return structure.unflatten([next(zeroed) if leaf is None else leaf for leaf in leaves]), treedef.unflatten(kept)
+    def update_fn(updates, state, params=None, **extra_args):
+        clipped, inner_state = update_inner(updates, state.inner_state, params, **extra_args)
+        leaves, treedef = jax.tree.flatten(updates)
+        key, now = jax.random.split(jax.random.wrap_key_data(state.key, impl="threefry2x32"))
+        words = jax.random.bits(now, (len(leaves), 2))
+        chosen = [
+            _chosen(x, y, w, probability, per) if is_counted(x) else y
+            for x, y, w in zip(leaves, treedef.flatten_up_to(clipped), words)
+        ]
+        return treedef.unflatten(chosen), RandomClipState(jax.random.key_data(key), inner_state)
 
-
-def _evaluate(program: Any, arguments: list, replaced: Callable[[Any, jax.Array], jax.Array]) -> list[jax.Array]:
-    """What a traced program returns, where each value that it computes is `replaced(variable, value)`."""
-    jaxpr = program.jaxpr
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments]))
-    used = set(filter(_is_var, [*jaxpr.outvars, *(x for equation in jaxpr.eqns for x in equation.invars)]))
-    names = jaxpr.debug_info.with_unknown_names()
-    for equation in jaxpr.eqns:
-        inputs = list(dict.fromkeys(filter(_is_var, equation.invars)))
-        outputs = [x for x in equation.outvars if x in used]
-        one = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[equation], debug_info=names)
-        for x, value in zip(outputs, eval_jaxpr(one, (), *(known[i] for i in inputs))):
-            known[x] = replaced(x, value)
-    return [known[x] if _is_var(x) else jnp.asarray(x.val, x.aval.dtype) for x in jaxpr.outvars]
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_var(x: Any) -> bool:
-    return not hasattr(x, "val")  # as literals of a program have
+def _chosen(x: Any, clipped: jax.Array, words: jax.Array, probability: Any, per: str) -> jax.Array:
+    x = jnp.asarray(x)
+    bits = words[0] if per == "leaf" else _hashes(x, words)
+    # 24 bits, which f32 holds exactly: below 1 always, below 0 never.
+    draw = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    return jnp.where(draw < cast(probability, jnp.float32), clipped, x.astype(clipped.dtype))
 
 
-def _is_array(leaf: Any) -> bool:
-    if isinstance(leaf, bool) or not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
-        return False
-    return getattr(leaf, "dtype", None) != jax.dtypes.float0
+def _hashes(x: jax.Array, words: jax.Array) -> jax.Array:
+    """A random u32 for each entry. `jax.random.bits` would take twice the memory of the leaf on CPU."""
+    row, stride = words[0], words[1] | 1
+    for name in sorted(varying(x)):
+        row = _mixed(row + jax.lax.axis_index(name).astype(jnp.uint32))
+    *outer, last = x.shape or (1,)
+    for axis in range(len(outer)):
+        row = _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (*outer, 1), axis))
+    return _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (*outer, last), len(outer)) * stride).reshape(x.shape)
 
 
-def _zero_where(skip: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(skip, 0, x) if jnp.issubdtype(x.dtype, jnp.number) else x
+def _mixed(h: jax.Array) -> jax.Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _key_data(seed: Any) -> jax.Array:
+    """The words of a threefry key, as an array that every checkpoint can hold."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and not seed.ndim:
+        return jax.random.bits(seed, (2,))
+    if isinstance(seed, (jax.Array, np.ndarray)) and seed.dtype == jnp.uint32 and seed.shape == (2,):
+        return jnp.asarray(seed)
+    kind = getattr(seed, "dtype", type(seed))
+    if isinstance(seed, bool) or jnp.shape(seed) != () or not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(
+            f"clip_randomly: seed must be an int or a key, got {type(seed).__name__}. Pass 0, or jax.random.key(0)."
+        )
+    return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+
+
+def _check_clip(clip: Any, caller: str) -> None:
+    if not _checks.is_transformation(clip):
+        raise TypeError(
+            f"{caller}: clip must be an Optax transformation, got {type(clip).__name__}. "
+            f"For example: {caller}(clip_by_global_norm(1.0){', 0.5' if caller == 'clip_randomly' else ''})."
+        )

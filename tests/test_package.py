@@ -30,6 +30,8 @@ ORDER = [
     "_norm_clips",
     "_adaptive",
     "_values",
+    "_weights",
+    "_skipping",
     "_wrappers",
     "_metrics",
     "_choosing",
