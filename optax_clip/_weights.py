@@ -253,8 +253,12 @@ def _pairs(updates: Any, params: Any, caller: str) -> tuple[list, Any]:
     leaves, treedef = jax.tree.flatten(updates)
     pairs = []
     for update, weight in zip(leaves, _checks.params_like(updates, params, caller=caller)):
-        known = is_counted(update) and is_counted(weight)
-        pairs.append((jnp.asarray(weight), jnp.asarray(update)) if known else None)
+        if is_counted(update) and not is_counted(weight):
+            raise ValueError(
+                f"{caller}: params must be floating or complex where the updates are, got "
+                f"{getattr(weight, 'dtype', type(weight))}. Pass the parameters that the updates belong to."
+            )
+        pairs.append((jnp.asarray(weight), jnp.asarray(update)) if is_counted(update) else None)
     return pairs, treedef
 
 

@@ -34,6 +34,7 @@ def agc(clipping):
 CLIPS = [
     Case("clip", oc.clip, "entry"),
     Case("clip_by_value", lambda t: oc.clip_by_value(None, t), "entry"),
+    Case("clip_by_magnitude", lambda t: oc.clip_by_magnitude(None, t), "entry"),
     Case("clip_by_global_norm", oc.clip_by_global_norm, "global", oc.global_norm),
     Case(
         "clip_by_global_norm_1",

@@ -59,6 +59,11 @@ def value(grads, low, high):
     return {name: np.minimum(np.maximum(wide(g), low), high) for name, g in grads.items()}
 
 
+def magnitude(grads, low, high):
+    """sign(g) · min(max(|g|, low), high), entry by entry; zero stays zero."""
+    return {name: np.sign(wide(g)) * np.clip(np.abs(wide(g)), low, high) for name, g in grads.items()}
+
+
 def global_norm(grads, c, p=2, response=shrink):
     """g · min(1, c/n), n over all entries of all leaves."""
     n = p_norm(flat(grads), p)

@@ -299,6 +299,7 @@ def test_injected_threshold_can_be_set_by_hand(case):
     [
         (oc.clip, {"max_delta": 0.5}),
         (oc.clip_by_value, {"min_value": -0.5, "max_value": 0.25}),
+        (oc.clip_by_magnitude, {"min_magnitude": 0.25, "max_magnitude": 0.5}),
         (oc.clip_by_global_norm, {"max_norm": 0.5}),
         (oc.clip_by_leaf_norm, {"max_norm": 0.5}),
         (oc.clip_by_unit_norm, {"max_norm": 0.5}),

@@ -54,6 +54,11 @@ SCALARS = {  # function and argument; a tree is as wrong as any other object
 }
 TREES = {
     ("clip", "max_delta"): oc.clip,
+    ("clip_by_magnitude", "min_magnitude"): lambda t: oc.clip_by_magnitude(t, None),
+    ("clip_by_magnitude", "max_magnitude"): lambda t: oc.clip_by_magnitude(None, t),
+    ("clip_weights", "max_value"): oc.clip_weights,
+    ("prune_weights", "threshold"): oc.prune_weights,
+    ("clip_weight_norm", "max_norm"): oc.clip_weight_norm,
     ("clip_by_leaf_norm", "max_norm"): oc.clip_by_leaf_norm,
     ("clip_by_unit_norm", "max_norm"): oc.clip_by_unit_norm,
     ("clip_by_block_rms", "threshold"): oc.clip_by_block_rms,
@@ -63,7 +68,10 @@ TREES = {
 BOUNDS = {  # of either sign
     ("clip_by_value", "min_value"): lambda t: oc.clip_by_value(t, None),
     ("clip_by_value", "max_value"): lambda t: oc.clip_by_value(None, t),
+    ("rescale_weights", "low"): lambda t: oc.rescale_weights(t, None),
+    ("rescale_weights", "high"): lambda t: oc.rescale_weights(None, t),
 }
+OF_ENTRIES = [key for key in TREES if key[0] in ("clip", "clip_by_magnitude", "clip_weights", "prune_weights")]
 ALL = SCALARS | TREES | BOUNDS
 name_of = lambda key: key[0] + "-" + re.sub(r"\W", "", key[1]) if isinstance(key, tuple) else None
 
@@ -160,7 +168,7 @@ def test_schedule_that_returns_an_array(key):
     )
 
 
-@pytest.mark.parametrize("key", [("clip", "max_delta"), *BOUNDS], ids=name_of)
+@pytest.mark.parametrize("key", [*OF_ENTRIES, *BOUNDS], ids=name_of)
 def test_threshold_rule_for_entries(key):
     """A rule over norms is refused by the clips of entries, which have no norms."""
     assert_raises(lambda: ALL[key](oc.scheduled(lambda count: 1.0)), TypeError, *key, "Threshold", "clip_by_norm")
@@ -171,15 +179,25 @@ CROSSED = {
     "clip_by_value arrays": lambda: oc.clip_by_value(jnp.float32(2.0), np.float32(1.0)),
     "clip_by_value trees": lambda: step(oc.clip_by_value({"w": 2.0, "b": 0.0}, {"w": 1.0, "b": 1.0})),
     "clip_by_value tree and number": lambda: step(oc.clip_by_value({"w": 0.0, "b": 2.0}, 1.0)),
+    "clip_by_magnitude": lambda: oc.clip_by_magnitude(2.0, 1.0),
+    "clip_by_magnitude trees": lambda: step(oc.clip_by_magnitude({"w": 2.0, "b": 0.0}, {"w": 1.0, "b": 1.0})),
+    "rescale_weights": lambda: oc.rescale_weights(2.0, 1.0),
+    "rescale_weights trees": lambda: step(oc.rescale_weights({"w": 2.0, "b": 0.0}, 1.0)),
     "clip_by_norm_range": lambda: oc.clip_by_norm_range(2.0, 1.0),
+}
+ENDS = {
+    "clip_by_value": ("min_value", "max_value"),
+    "clip_by_magnitude": ("min_magnitude", "max_magnitude"),
+    "rescale_weights": ("low", "high"),
+    "clip_by_norm_range": ("min_norm", "max_norm"),
 }
 
 
 @pytest.mark.parametrize("name", CROSSED)
 def test_bounds_that_cross(name):
     """A lower bound above the upper one is refused at construction, in trees when they meet the updates."""
-    low, high = ("min_norm", "max_norm") if "range" in name else ("min_value", "max_value")
-    assert_raises(CROSSED[name], ValueError, name.split()[0], low, high, "got 2 > 1", "Exchange")
+    caller = name.split()[0]
+    assert_raises(CROSSED[name], ValueError, caller, *ENDS[caller], "got 2 > 1", "Exchange")
 
 
 @pytest.mark.parametrize("bounds", [({"w": 2.0, "b": 0.0}, {"w": 1.0}), ({"w": {"x": 2.0}}, {"w": 1.0})], ids=str)
@@ -370,7 +388,13 @@ def test_max_norms_that_are_no_mapping(bad):
 NEEDS_PARAMS = {
     "adaptive_grad_clip": oc.adaptive_grad_clip(0.1),
     "param_fraction": oc.clip_by_norm(oc.leaf_norm, oc.param_fraction(0.1, oc.leaf_norm)),
+    "clip_weights": oc.clip_weights(1.0),
+    "prune_weights": oc.prune_weights(0.1),
+    "clip_weight_norm": oc.clip_weight_norm(1.0),
+    "rescale_weights": oc.rescale_weights(),
+    "project_weights": oc.project_weights(optax.projections.projection_non_negative),
 }
+CALLERS = {"param_fraction": "clip_by_norm|param_fraction"}
 by_params = pytest.mark.parametrize("name", NEEDS_PARAMS)
 
 
@@ -378,8 +402,7 @@ by_params = pytest.mark.parametrize("name", NEEDS_PARAMS)
 def test_missing_params(name):
     """Without params the message names the clip and shows the call, eager, compiled and in a chain."""
     tx = NEEDS_PARAMS[name]
-    caller = "adaptive_grad_clip" if name == "adaptive_grad_clip" else "clip_by_norm|param_fraction"
-    parts = (f"^({caller}): ", "params are missing", r"update\(updates, state, params\)")
+    parts = (f"^({CALLERS.get(name, name)}): ", "params are missing", r"update\(updates, state, params\)")
     for tx in (NEEDS_PARAMS[name], optax.chain(NEEDS_PARAMS[name], optax.sgd(0.1))):
         state = tx.init(GRADS)
         assert_raises(lambda tx=tx, state=state: tx.update(GRADS, state), ValueError, *parts)
@@ -406,10 +429,8 @@ WRONG_PARAMS = {
 def test_params_that_do_not_belong_to_the_updates(name, case):
     """Params of another structure, shape or kind than the updates are refused."""
     tx = NEEDS_PARAMS[name]
-    caller = "adaptive_grad_clip" if name == "adaptive_grad_clip" else "clip_by_norm|param_fraction"
-    assert_raises(
-        lambda: tx.update(GRADS, tx.init(GRADS), WRONG_PARAMS[case]), ValueError, f"^({caller}): ", "param", "Pass|Use"
-    )
+    parts = (f"^({CALLERS.get(name, name)}): ", "param", "Pass|Use")
+    assert_raises(lambda: tx.update(GRADS, tx.init(GRADS), WRONG_PARAMS[case]), ValueError, *parts)
 
 
 # Meshes

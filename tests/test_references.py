@@ -89,6 +89,12 @@ RULES = {
     "clip_by_value_above": Rule(
         lambda c: oc.clip_by_value(max_value=c), lambda g, c: reference.value(g, -np.inf, c), largest
     ),
+    "clip_by_magnitude": Rule(
+        lambda c: oc.clip_by_magnitude(0.5 * c, c), lambda g, c: reference.magnitude(g, 0.5 * c, c), largest
+    ),
+    "clip_by_magnitude_below": Rule(
+        lambda c: oc.clip_by_magnitude(c), lambda g, c: reference.magnitude(g, c, np.inf), largest
+    ),
     "clip_by_global_norm": Rule(oc.clip_by_global_norm, reference.global_norm, total),
     "clip_by_leaf_norm": Rule(oc.clip_by_leaf_norm, reference.leaf_norm, of_dense),
     "clip_by_unit_norm": Rule(oc.clip_by_unit_norm, reference.unit_norm, of_column),
