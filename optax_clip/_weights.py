@@ -173,8 +173,8 @@ def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -
       TypeError: a bound is of the wrong kind, or a leaf is complex.
 
     Guarantees:
-      After `optax.apply_updates` weights lie in [low, high] to a few eps. A weight that is not finite makes its leaf
-      NaN.
+      After `optax.apply_updates` weights lie in [low, high] to a few eps of the old or the new weight, the larger one.
+      A weight that is not finite makes its leaf NaN.
 
     Example:
       >>> tx = rescale_weights(-1.0, 1.0)
@@ -219,7 +219,7 @@ def project_weights(projection: Callable[[Any], Any]) -> optax.GradientTransform
       TypeError: `projection` is not a function.
 
     Guarantees:
-      After `optax.apply_updates` weights are projected to a few eps.
+      After `optax.apply_updates` weights are projected to a few eps of the old or the new weight, the larger one.
 
     Example:
       >>> tx = project_weights(optax.projections.projection_non_negative)
@@ -253,17 +253,21 @@ def _pairs(updates: Any, params: Any, caller: str) -> tuple[list, Any]:
     leaves, treedef = jax.tree.flatten(updates)
     pairs = []
     for update, weight in zip(leaves, _checks.params_like(updates, params, caller=caller)):
-        if is_counted(update) and not is_counted(weight):
+        if not is_counted(update):
+            pairs.append(None)
+            continue
+        if not is_counted(weight) or jnp.finfo(weight.dtype).bits < 16:
             raise ValueError(
-                f"{caller}: params must be floating or complex where the updates are, got "
+                f"{caller}: params must be floating or complex where the updates are, and of 16 bits at least, got "
                 f"{getattr(weight, 'dtype', type(weight))}. Pass the parameters that the updates belong to."
             )
-        pairs.append((jnp.asarray(weight), jnp.asarray(update)) if is_counted(update) else None)
+        pairs.append((jnp.asarray(weight), jnp.asarray(update)))
     return pairs, treedef
 
 
 def _widened(weight: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dtype = jnp.promote_types(jnp.result_type(weight, update), jnp.float32)
+    dtype = jnp.promote_types(weight.dtype, wide(update))
+    dtype = jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(update) else dtype
     return weight.astype(dtype), update.astype(dtype)
 
 
@@ -327,8 +331,8 @@ def _held(weight: jax.Array, update: jax.Array, limit: jax.Array) -> jax.Array:
     # limit takes the other way too, where there are only sums.
     target = jnp.clip(landing, -limit, limit)
     step = target - weight
-    # By a few roundings of the step less, where the sum is rounded to outside.
-    shorter = step - jnp.copysign(jnp.abs(step) * _few_eps(step), target)
+    # By a rounding of the step less, where the sum is rounded to outside.
+    shorter = step - jnp.copysign(jnp.abs(step) * float(jnp.finfo(step.dtype).eps), target)
     inside = [jnp.abs(weight + x) <= limit for x in (step, shorter)]
     safe = jnp.where(inside[0], step, jnp.where(inside[1], shorter, -weight))
     safe = jnp.where(jnp.isnan(target), jnp.nan, safe)
@@ -345,12 +349,9 @@ def _pruned(weight: jax.Array, update: jax.Array, limit: jax.Array) -> jax.Array
     return jnp.where(jnp.isnan(limit), jnp.nan, pruned)
 
 
-def _few_eps(x: jax.Array) -> float:
-    return 4 * float(jnp.finfo(x.dtype).eps)
-
-
 def _margin(weight: jax.Array, update: jax.Array) -> jax.Array:
-    return (jnp.abs(weight) + jnp.abs(update)) * _few_eps(update)
+    """More than the sum of the two can be off by."""
+    return (jnp.abs(weight) + jnp.abs(update)) * 4 * float(jnp.finfo(weight.dtype).eps)
 
 
 def _rescaled(x: jax.Array, mesh_axes: tuple[str, ...], low: Any, high: Any) -> jax.Array:
@@ -365,11 +366,11 @@ def _rescaled(x: jax.Array, mesh_axes: tuple[str, ...], low: Any, high: Any) -> 
     # Maxima over devices may lose a NaN; inf is as loud.
     extremes = [jnp.where(jnp.isnan(extreme), jnp.inf, extreme) for extreme in (-jnp.min(x), jnp.max(x))]
     smallest, largest = pmax(extremes, mesh_axes) if mesh_axes else extremes
-    # Halves, so that the difference of two large numbers stays finite.
-    smallest, largest = -smallest * 0.5, largest * 0.5
+    # An eighth, so that differences of large numbers, and the reciprocals by which XLA multiplies, are normal numbers.
+    smallest, largest = -smallest * 0.125, largest * 0.125
     span = largest - smallest
     constant = span == 0
-    share = jnp.where(constant, 0.0, (x * 0.5 - smallest) / jnp.where(constant, 1.0, span))
+    share = jnp.where(constant, 0.0, (x * 0.125 - smallest) / jnp.where(constant, 1.0, span))
     target = jnp.clip(low + share * (high - low), low, high)
     return jnp.where(jnp.isfinite(span), target, jnp.nan)
 

@@ -29,10 +29,14 @@ CLIPS = {
 
 def compiled(clip):
     """A compiled AdamW step with this clip in front, in place."""
+    return compiled_step(optax.chain(clip, optax.adamw(1e-3)))
+
+
+def compiled_step(optimizer):
+    """A compiled step of the optimizer, in place."""
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=lambda s: isinstance(s, tuple)
     )
-    optimizer = optax.chain(clip, optax.adamw(1e-3))
 
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contract import once, run, stack, types
 from test_norms import mesh_of, sharded, spread
-from test_programs import ENTRIES, SHAPES, entry
+from test_programs import ENTRIES, compiled_step, entry
 
 import optax_clip as oc
 
@@ -524,16 +524,9 @@ def test_sharded_is_one_device(how):
 def program(name):
     """A compiled AdamW step in place, with and without `skip_spikes`."""
     plain = {"adamw": optax.adamw(1e-3), "clipped": optax.chain(oc.clip_by_global_norm(1.0), optax.adamw(1e-3))}
-    optimizer = plain[name] if name in plain else oc.skip_spikes(plain[name.removeprefix("skipping_")], oc.z_score())
-    params = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=lambda s: isinstance(s, tuple)
+    return compiled_step(
+        plain[name] if name in plain else oc.skip_spikes(plain[name.removeprefix("skipping_")], oc.z_score())
     )
-
-    def step(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(optimizer.init, params), params).compile()
 
 
 def full_size_kernels(name) -> int:
