@@ -14,7 +14,7 @@ import trees
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_contract import once, pair, run, stack, types
-from test_programs import ENTRIES, SHAPES, entry
+from test_programs import ENTRIES, SHAPES, compiled_step, entry
 
 import optax_clip as oc
 
@@ -220,9 +220,7 @@ def test_a_constant_leaf_goes_to_the_lower_end():
     """A leaf whose weights are all the same has no range; scalars and leaves without entries work."""
     weights = {"flat": jnp.full(3, 7.0), "scalar": jnp.float32(2.0), "empty": jnp.zeros((0, 2))}
     out, _ = landed(oc.rescale_weights(0.25, 1.0), weights, jax.tree.map(jnp.zeros_like, weights))
-    chex.assert_trees_all_equal(
-        out, {"flat": jnp.full(3, 0.25), "scalar": jnp.float32(0.25), "empty": jnp.zeros((0, 2))}
-    )
+    chex.assert_trees_all_equal(out, {**weights, "flat": jnp.full(3, 0.25), "scalar": jnp.float32(0.25)})
 
 
 def test_weights_of_all_magnitudes_are_rescaled():
@@ -359,9 +357,7 @@ def test_weights_that_cannot_be_bounded_are_an_error(dtype):
 def test_a_projection_of_another_shape_is_an_error():
     """A projection must return a tree like the one it got."""
     for projection in (lambda tree: {"bias": tree["bias"]}, lambda tree: jax.tree.map(jnp.ravel, tree)):
-        with pytest.raises(
-            ValueError, match=r"project_weights: projection must return a tree like that of the weights"
-        ):
+        with pytest.raises(ValueError, match="project_weights: projection must return a tree like that of"):
             landed(oc.project_weights(projection), pair(0), pair(1))
     with pytest.raises(TypeError, match="project_weights: projection must be a function"):
         oc.project_weights(1.0)
@@ -424,22 +420,20 @@ def test_state_can_be_donated_and_saved(name):
 
 
 @every
-def test_in_multi_steps_weights_land_inside(name):
-    """`MultiSteps` around a chain that ends in the clip: whole steps land where the clip says, others change nothing."""
-    for dtype in (jnp.float32, jnp.bfloat16):
-        inner = optax.chain(optax.sgd(0.3), CLIPS[name]())
-        tx, weights = optax.MultiSteps(inner, 2), pair(9, dtype=dtype)
-        state, step = tx.init(weights), once(tx.update)
-        for i in range(4):
-            updates, state = step(pair(i, dtype=dtype), state, weights)
-            after = optax.apply_updates(weights, updates)
-            if i % 2 == 0:
-                chex.assert_trees_all_equal(after, weights)
-            weights = after
-        mean = jax.tree.map(lambda a, b: (a + b) / 2, pair(2), pair(3))
-        if name == "clip_weights":
-            assert all((jnp.abs(leaf) <= 0.5).all() for leaf in jax.tree.leaves(weights))
-        assert jax.tree.leaves(mean)[0].shape == weights["bias"].shape
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_in_multi_steps_weights_land_inside(name, dtype):
+    """`MultiSteps` around a chain that ends in the clip: a step of the mean in the end, and nothing before."""
+    tx, weights = optax.chain(optax.sgd(0.25), CLIPS[name]()), pair(9, dtype=dtype)
+    every_second = optax.MultiSteps(tx, 2)
+    state, step, samples = every_second.init(weights), once(every_second.update), [pair(i, dtype=dtype) for i in (0, 1)]
+    updates, state = step(samples[0], state, weights)
+    chex.assert_trees_all_equal(optax.apply_updates(weights, updates), weights)
+    updates, state = step(samples[1], state, weights)
+    expected, _ = landed(tx, weights, jax.tree.map(lambda a, b: (a + b) / 2, *samples))
+    actual = optax.apply_updates(weights, updates)
+    chex.assert_trees_all_close(actual, expected, rtol=trees.tolerance(dtype), atol=trees.tolerance(dtype))
+    if name == "clip_weights":
+        assert all((jnp.abs(leaf) <= 0.5).all() for leaf in jax.tree.leaves(actual))
 
 
 @every
@@ -545,15 +539,7 @@ def program(name):
         "box": oc.project_weights(project.projection_non_negative),
         "bare": optax.identity(),
     }
-    params = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), SHAPES, is_leaf=lambda s: isinstance(s, tuple)
-    )
-    optimizer = optax.chain(optax.adamw(1e-3), clips[name])
-
-    def step(params, state, grads):
-        return landed(optimizer, params, grads, state)
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(optimizer.init, params), params).compile()
+    return compiled_step(optax.chain(optax.adamw(1e-3), clips[name]))
 
 
 def sums(program) -> int:
@@ -567,7 +553,7 @@ def sums(program) -> int:
 @trees.on_a_cpu_that_fuses
 @pytest.mark.parametrize(("name", "reads"), [("bare", 0), ("clip_weights", 1), ("prune_weights", 1), ("box", 0)])
 def test_a_step_reads_the_weights_once_more(name, reads):
-    """The share is counted where the new weights were written: one more kernel a matrix, next to no scratch, no copy."""
+    """The share is counted where the new weights were written: one kernel a matrix more, no scratch, no copy."""
     assert sums(program(name)) == reads * 2 * len(SHAPES)
     assert program(name).memory_analysis().temp_size_in_bytes < 0.005 * 4 * ENTRIES
     assert not re.search(r"f32\[(256,512|512,256)\]\S* copy\(", entry(program(name)))
