@@ -34,17 +34,8 @@ class Packing(NamedTuple):
         return [array.astype(dtype) for array, dtype in zip(self._unpacked(packed, _scalars), self.dtypes)]
 
     def unpack_to_kernels(self, packed: Sequence[jax.Array]) -> list[jax.Array]:
-        """The list again, of factors for use in kernels over whole leaves.
-
-        XLA's CPU backend compiles a kernel once for all leaves of a shape, unless it reads another entry of a vector
-        for each. A division is what it does not move into such kernels. In two steps, rows and then entries, most of
-        the small kernels are alike too.
-        """
-        return jax.lax.platform_dependent(
-            packed,
-            cpu=lambda packed: self._unpacked(packed, _entries),
-            default=lambda packed: self._unpacked(packed, _scalars),
-        )
+        """The list again, for use in kernels over whole leaves."""
+        return self._unpacked(packed, entries_for_kernels)
 
     def _unpacked(self, packed: Sequence[jax.Array], entries: Callable[[jax.Array], list]) -> list[jax.Array]:
         out: dict[int, jax.Array] = {}
@@ -53,12 +44,24 @@ class Packing(NamedTuple):
         return [out[i] for i in range(len(self.dtypes))]
 
 
+def entries_for_kernels(vector: jax.Array) -> list[jax.Array]:
+    """The entries of a vector, of factors or of other numbers of 31 bits at most, each for use in kernels over a leaf.
+
+    XLA's CPU backend compiles a kernel once for all leaves of a shape, unless it reads another entry of a vector
+    for each. A division is what it does not move into such kernels. In two steps, rows and then entries, most of
+    the small kernels are alike too.
+    """
+    return jax.lax.platform_dependent(vector, cpu=_entries, default=_scalars)
+
+
 def _entries(vector: jax.Array) -> list[jax.Array]:
     width = math.isqrt(len(vector) - 1) + 1
-    ones = jnp.where(vector == -2, 2.0, 1.0).astype(vector.dtype)  # no factor is, but XLA does not know
-    rows = [vector[k : k + width] / ones[k : k + width] for k in range(0, len(vector), width)]
+    # No entry is, but XLA does not know.
+    never = -2 if jnp.issubdtype(vector.dtype, jnp.floating) else jnp.iinfo(vector.dtype).max
+    ones = jnp.where(vector == jnp.asarray(never, vector.dtype), 2, 1).astype(vector.dtype)
+    rows = [jax.lax.div(vector[k : k + width], ones[k : k + width]) for k in range(0, len(vector), width)]
     one = ones[0]
-    return [entry / one for row in rows for entry in _scalars(row)]
+    return [jax.lax.div(entry, one) for row in rows for entry in _scalars(row)]
 
 
 def _scalars(vector: jax.Array) -> list[jax.Array]:

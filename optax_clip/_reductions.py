@@ -44,7 +44,7 @@ def _(layout, sizes, counts, primals, tangents):
     pairs = [list(zip(*block)) for block in zip(*primals, *tangents)]
 
     def part(i, x_and_dx, axes):
-        x, dx = (_at_least_f32(a) for a in x_and_dx)
+        x, dx = (at_least_f32(a) for a in x_and_dx)
         return _over(jnp.sum, (jnp.conj(x) * (1 / units[i]) * dx).real, axes)
 
     sums = _reduce(pairs, layout, part)
@@ -134,7 +134,7 @@ def _sum_of_squares(
 
 def real_parts(x: jax.Array) -> list[jax.Array]:
     """Real and imaginary part, or the array itself, in f32 or wider."""
-    return [_at_least_f32(part) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
+    return [at_least_f32(part) for part in ([x.real, x.imag] if jnp.iscomplexobj(x) else [x])]
 
 
 def root(s: jax.Array, scale: jax.Array) -> jax.Array:
@@ -224,7 +224,7 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
 
 
 def _magnitude(x: jax.Array) -> jax.Array:
-    x = _at_least_f32(x)
+    x = at_least_f32(x)
     return jnp.where(x == 0, 0.0, jnp.abs(x))  # with the derivative 0 at 0
 
 
@@ -233,7 +233,7 @@ def _over(reduction: Callable, x: jax.Array, axes: tuple[int, ...] | None, **kwa
     return reduction(x, axis=axes, keepdims=axes is not None and len(axes) < x.ndim, **kwargs)
 
 
-def _at_least_f32(x: jax.Array) -> jax.Array:
+def at_least_f32(x: jax.Array) -> jax.Array:
     return x if jnp.iscomplexobj(x) else x.astype(wide(x))
 
 

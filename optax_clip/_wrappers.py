@@ -10,6 +10,8 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._blocks import is_counted, varying
+from optax_clip._packing import entries_for_kernels
+from optax_clip._reductions import at_least_f32
 from optax_clip._thresholds import cast
 
 
@@ -78,7 +80,13 @@ def with_error_feedback(
         return ErrorFeedbackState(jax.tree.map(nothing, params), clip.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        sums = _map(lambda x, carry: _widened(x) + carry.astype(_widened(x).dtype), updates, state.carry)
+        try:
+            sums = _map(_sum, updates, state.carry)
+        except ValueError as error:
+            raise ValueError(
+                f"{caller}: updates must have the structure of the parameters that init saw. {error}. "
+                "Pass updates of these parameters, or make a new state."
+            ) from None
         clipped, inner_state = update_inner(sums, state.inner_state, params, **extra_args)
         new = _map(lambda x, carry, y: _rounded(y, x), updates, state.carry, clipped)
         left = _map(lambda carry, x, y, s: _left(s, y, carry), state.carry, updates, new, sums)
@@ -98,14 +106,14 @@ def _map(function: Callable, first: Any, second: Any, *rest: Any) -> Any:
     )
 
 
-def _widened(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _sum(x: Any, carry: jax.Array) -> jax.Array:
+    x = at_least_f32(jnp.asarray(x))
+    return x + carry.astype(x.dtype)
 
 
 def _dtype_of_carry(param: jax.Array, dtype: Any) -> Any:
     if dtype is None:
-        return _widened(param).dtype
+        return at_least_f32(param).dtype
     return jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(param) else dtype
 
 
@@ -116,7 +124,7 @@ def _rounded(x: jax.Array, like: Any) -> jax.Array:
 
 
 def _left(total: jax.Array, update: Any, carry: jax.Array) -> jax.Array:
-    new = (total - _widened(update)).astype(carry.dtype)
+    new = (total - at_least_f32(jnp.asarray(update))).astype(carry.dtype)
     return jnp.where(jnp.isfinite(new), new, carry)
 
 
@@ -160,7 +168,7 @@ def clip_randomly(
       >>> grads = jnp.full(6, 3.0)
       >>> updates, state = tx.update(grads, tx.init(grads))
       >>> print(updates, tx.update(grads, state)[0])
-      [3. 3. 1. 1. 1. 1.] [1. 3. 3. 1. 3. 3.]
+      [1. 1. 1. 1. 3. 3.] [3. 3. 1. 3. 1. 3.]
 
     References:
       Clipping all, a random part, or a selected part of the gradient. The hash is the finalizer of MurmurHash3
@@ -180,7 +188,8 @@ def clip_randomly(
         clipped, inner_state = update_inner(updates, state.inner_state, params, **extra_args)
         leaves, treedef = jax.tree.flatten(updates)
         key, now = jax.random.split(jax.random.wrap_key_data(state.key, impl="threefry2x32"))
-        words = jax.random.bits(now, (len(leaves), 2))
+        words = jax.random.bits(now, (2, len(leaves))) >> 1
+        words = list(zip(*map(entries_for_kernels, words))) if leaves else []
         chosen = [
             _chosen(x, y, w, probability, per) if is_counted(x) else y
             for x, y, w in zip(leaves, treedef.flatten_up_to(clipped), words)
@@ -190,23 +199,25 @@ def clip_randomly(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _chosen(x: Any, clipped: jax.Array, words: jax.Array, probability: Any, per: str) -> jax.Array:
+def _chosen(x: Any, clipped: jax.Array, words: tuple, probability: Any, per: str) -> jax.Array:
     x = jnp.asarray(x)
-    bits = words[0] if per == "leaf" else _hashes(x, words)
     # 24 bits, which f32 holds exactly: below 1 always, below 0 never.
-    draw = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    bits = words[0] >> 7 if per == "leaf" else _hashes(x, words) >> 8
+    draw = bits.astype(jnp.float32) * 2.0**-24
     return jnp.where(draw < cast(probability, jnp.float32), clipped, x.astype(clipped.dtype))
 
 
-def _hashes(x: jax.Array, words: jax.Array) -> jax.Array:
+def _hashes(x: jax.Array, words: tuple) -> jax.Array:
     """A random u32 for each entry. `jax.random.bits` would take twice the memory of the leaf on CPU."""
-    row, stride = words[0], words[1] | 1
+    row, stride = words[0], words[1] * 2 + 1
     for name in sorted(varying(x)):
         row = _mixed(row + jax.lax.axis_index(name).astype(jnp.uint32))
     *outer, last = x.shape or (1,)
     for axis in range(len(outer)):
         row = _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (*outer, 1), axis))
-    return _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (*outer, last), len(outer)) * stride).reshape(x.shape)
+    column = jax.lax.iota(jnp.uint32, last).reshape(x.shape[-1:]) * stride
+    # Nothing is added but the sharding of the leaf.
+    return _mixed(row + column + jnp.where(False, x, 0).real.astype(jnp.uint32))
 
 
 def _mixed(h: jax.Array) -> jax.Array:
