@@ -19,7 +19,12 @@ from optax_clip._windows import quantile, sigma_window
 
 
 def adaptive_grad_clip(
-    clipping: Any, eps: Any = 1e-3, axis: Any = None, *, axis_name: Any = None
+    clipping: Any,
+    eps: Any = 1e-3,
+    axis: Any = None,
+    *,
+    axis_name: Any = None,
+    response: Callable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AGC: scales each unit so that its norm is at most a share of the norm of that unit's parameters.
 
@@ -37,6 +42,7 @@ def adaptive_grad_clip(
         of the last linear layer; layers stacked for a scan, (layers, inputs, outputs), need axis 1.
       axis_name: inside `shard_map` or `pmap`, the mesh axes over which the entries of one unit are spread; required
         where a leaf varies.
+      response: None for that of the formula, or as for `clip_by_global_norm`.
 
     Returns:
       A transformation with the state `ClipState`: scalars, i32[] and f32[]. `update` needs `params`.
@@ -69,7 +75,8 @@ def adaptive_grad_clip(
         as_thresholds(clipping, caller=caller, name="clipping"),
         is_leaf=is_threshold,
     )
-    return norm_clip(norm, rules, _agc_shrink, caller=caller, name="clipping")
+    response = _agc_shrink if response is None else response
+    return norm_clip(norm, rules, response, caller=caller, name="clipping")
 
 
 def _agc_shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -77,7 +84,11 @@ def _agc_shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def autoclip(
-    percentile: Any = 10.0, window: int = 1024, *, norm: Callable[[Any], Any] | None = None
+    percentile: Any = 10.0,
+    window: int = 1024,
+    *,
+    norm: Callable[[Any], Any] | None = None,
+    response: Callable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AutoClip: scales the updates so that their norm is at most a percentile of the norms so far.
 
@@ -92,6 +103,7 @@ def autoclip(
         the same while there are no more than `window` steps.
       norm: what is a block, each with a history of its own: None for `global_norm`; `leaf_norm`,
         `group_norm(labels)`, `functools.partial(unit_norm, axis=...)`. Other scopes are the paper's future work.
+      response: as for `clip_by_global_norm`.
 
     Returns:
       A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` a `QuantileState`.
@@ -118,7 +130,7 @@ def autoclip(
       Seetharaman, Wichern, Pardo, Le Roux, AutoClip: adaptive gradient clipping for source separation networks, 2020,
       arXiv 2007.14469. The norm enters the history before the percentile is taken, as in the paper.
     """
-    return _adaptive(norm, global_norm, quantile(percentile, window), caller="autoclip")
+    return _adaptive(norm, global_norm, quantile(percentile, window), response, caller="autoclip")
 
 
 def zclip(
@@ -129,6 +141,7 @@ def zclip(
     spike: str = "rescale",
     factor: Any = 1.0,
     norm: Callable[[Any], Any] | None = None,
+    response: Callable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: scales down the spikes, updates whose norm is far above the average of the norms, and nothing else.
 
@@ -148,6 +161,7 @@ def zclip(
       spike: what to do about a spike: "rescale" (the larger, the more), "mean" or "limit".
       factor: of the threshold of "rescale", >= 0, a number or traced scalar.
       norm: what is a block, as for `autoclip`.
+      response: to a spike, as for `clip_by_global_norm`; the averages take in min(norm, c) whatever it is.
 
     Returns:
       A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` a `ZScoreState`.
@@ -173,7 +187,7 @@ def zclip(
       Numbers are those of the authors' package, which calls the decay `alpha` and "limit" its percentile mode.
     """
     rule = z_score(z_max, decay, warmup_steps, spike=spike, factor=factor)
-    return _adaptive(norm, global_norm, rule, caller="zclip")
+    return _adaptive(norm, global_norm, rule, response, caller="zclip")
 
 
 def adagc(
@@ -183,6 +197,7 @@ def adagc(
     warmup_steps: Any = 100,
     *,
     norm: Callable[[Any], Any] | None = None,
+    response: Callable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGC: scales each leaf so that its norm is at most a little above the average of its norms so far.
 
@@ -198,6 +213,7 @@ def adagc(
       decay: of the average, the paper's β, in [0, 1], likewise.
       warmup_steps: steps in which all blocks are scaled together, the paper's T_start, >= 0, likewise.
       norm: what is a block: None for `leaf_norm`, or as for `autoclip`.
+      response: as for `clip_by_global_norm`; the averages take in min(norm, threshold) whatever it is.
 
     Returns:
       A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` the state of `ema_ratio`.
@@ -225,11 +241,15 @@ def adagc(
       and takes the smallest norm of warm-up before clipping; the algorithm in the paper, and this, after it.
     """
     rule = ema_ratio(max_norm, max_ratio, decay, warmup_steps)
-    return _adaptive(norm, leaf_norm, rule, caller="adagc")
+    return _adaptive(norm, leaf_norm, rule, response, caller="adagc")
 
 
 def clip_by_sigma(
-    sigmas: Any = 3.0, window: int = 128, *, norm: Callable[[Any], Any] | None = None
+    sigmas: Any = 3.0,
+    window: int = 128,
+    *,
+    norm: Callable[[Any], Any] | None = None,
+    response: Callable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates so that their norm is at most some deviations above the mean of the last norms.
 
@@ -242,6 +262,7 @@ def clip_by_sigma(
       window: norms to remember, an int >= 1 (under `optax.inject_hyperparams` a `static_args`). Nothing is clipped
         before half of them are there.
       norm: what is a block, as for `autoclip`.
+      response: as for `clip_by_global_norm`.
 
     Returns:
       A transformation with the state `ClipState`: scalars, i32[] and f32[], and in `rule` a `SigmaWindowState`.
@@ -266,10 +287,15 @@ def clip_by_sigma(
     References:
       The clipping by the history of norms in the levanter library, in which one NaN switches it off for a window.
     """
-    return _adaptive(norm, global_norm, sigma_window(sigmas, window), caller="clip_by_sigma")
+    return _adaptive(norm, global_norm, sigma_window(sigmas, window), response, caller="clip_by_sigma")
 
 
 def _adaptive(
-    norm: Callable[[Any], Any] | None, usual: Callable[[Any], Any], rule: Threshold, *, caller: str
+    norm: Callable[[Any], Any] | None,
+    usual: Callable[[Any], Any],
+    rule: Threshold,
+    response: Callable | None,
+    *,
+    caller: str,
 ) -> optax.GradientTransformationExtraArgs:
-    return norm_clip(usual if norm is None else norm, rule, None, caller=caller, name="threshold")
+    return norm_clip(usual if norm is None else norm, rule, response, caller=caller, name="threshold")
