@@ -1,4 +1,4 @@
-"""Figures of what clips would do, drawn by matplotlib: `pip install "optax_clip[plot]"`."""
+"""Figures of what clips do, drawn by matplotlib: `pip install "optax_clip[plot]"`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 
 from optax_clip import _checks
 from optax_clip._choosing import Replay, replay
+from optax_clip._responses import normalize, shrink, smooth, tanh
 
 try:
     from matplotlib.axes import Axes
@@ -90,11 +91,7 @@ def thresholds(norms: Any, clips: Mapping[str, Any], *, ax: Any = None) -> np.nd
         ax = pyplot.subplots(1, len(clips), sharey=True, squeeze=False, figsize=size, layout="constrained")[1]
     ax = np.ravel(np.asarray(ax, dtype=object))
     for one in ax:
-        if not isinstance(one, Axes):
-            raise TypeError(
-                f"thresholds: ax must be axes of matplotlib, got {type(one).__name__}. "
-                "For example: ax=figure.subplots(1, 2)."
-            )
+        _check_axes(one, caller="thresholds", example="ax=figure.subplots(1, 2)")
     if len(ax) != len(clips):
         raise ValueError(
             f"thresholds: ax must hold an axes for each of {len(clips)} clips, got {len(ax)}. "
@@ -106,6 +103,58 @@ def thresholds(norms: Any, clips: Mapping[str, Any], *, ax: Any = None) -> np.nd
     shown = [name for name in _LOOKS if any(len(lines[name].get_xdata()) for lines in drawn)]
     ax[0].legend([drawn[0][name] for name in shown], shown, loc="lower center", ncols=2, fontsize="small")
     return ax
+
+
+_RESPONSES: dict[Any, dict[str, Any]] = {
+    shrink: {"color": "black", "linestyle": "-", "linewidth": 1.4},
+    tanh: {"color": "#0072B2", "linestyle": "-.", "linewidth": 1.8},
+    smooth: {"color": "#D55E00", "linestyle": "--", "linewidth": 1.8},
+    normalize: {"color": "#009E73", "linestyle": ":", "linewidth": 2.2},
+}
+
+
+def responses(*, ax: Any = None) -> Axes:
+    """Draws what each response makes of a norm: the norm after it, against the one before, in units of the threshold.
+
+    Small norms pass `shrink` untouched, `tanh` and `smooth` nearly so, and `normalize` takes them up to the threshold.
+    At the threshold `shrink` has its kink, `tanh` leaves 0.76 of the norm and `smooth` half. Large norms come out at
+    the threshold, `smooth` from below and slowest.
+
+    Args:
+      ax: the axes to draw on; None for a new pyplot figure.
+
+    Returns:
+      The axes.
+
+    Raises:
+      TypeError: `ax` is no axes.
+
+    Guarantees:
+      As for `thresholds`.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> print(responses(ax=Figure().subplots()).get_xlabel())
+      norm before, over threshold
+    """
+    if ax is None:
+        from matplotlib import pyplot
+
+        ax = pyplot.subplots(figsize=(4.8, 3.4), layout="constrained")[1]
+    _check_axes(ax, caller="responses", example="ax=figure.subplots()")
+    before = np.geomspace(1e-2, 1e2, 401, dtype=np.float32)
+    for response, look in _RESPONSES.items():
+        after = before * np.asarray(response(jax.numpy.asarray(before), jax.numpy.float32(1.0)))
+        ax.plot(before, after, label=response.__name__, **look)
+    ax.set(xscale="log", yscale="log", xlim=(1e-2, 1e2), ylim=(1e-2, 2.0))
+    ax.set(xlabel="norm before, over threshold", ylabel="norm after, over threshold")
+    ax.legend(loc="lower right", fontsize="small")
+    return ax
+
+
+def _check_axes(ax: Any, *, caller: str, example: str) -> None:
+    if not isinstance(ax, Axes):
+        raise TypeError(f"{caller}: ax must be axes of matplotlib, got {type(ax).__name__}. For example: {example}.")
 
 
 def _replays(norms: np.ndarray, clips: Any) -> dict[Any, Replay]:

@@ -281,3 +281,31 @@ def test_without_matplotlib():
         'ImportError: optax_clip.plot: matplotlib is missing. Figures need it. Run pip install "optax_clip[plot]".'
         in (done.stderr)
     )
+
+
+# Responses
+
+
+def test_responses_are_drawn_as_they_are():
+    """A line for each response, through the values that their docstrings give at, below and above the threshold."""
+    ax = plot.responses(ax=Figure().subplots())
+    drawn = {line.get_label(): points(line) for line in ax.get_lines()}
+    assert drawn.keys() == {"shrink", "normalize", "smooth", "tanh"}
+    at = {name: np.interp([0.01, 1.0, 100.0], *xy) for name, xy in drawn.items()}
+    np.testing.assert_allclose(at["shrink"], [0.01, 1, 1], rtol=1e-3)
+    np.testing.assert_allclose(at["normalize"], [1, 1, 1], rtol=1e-3)
+    np.testing.assert_allclose(at["smooth"], [0.01 / 1.01, 0.5, 100 / 101], rtol=1e-3)
+    np.testing.assert_allclose(at["tanh"], [0.01, np.tanh(1), 1], rtol=1e-3)
+    assert len({line.get_linestyle() for line in ax.get_lines()}) == 4  # told apart in black and white
+    assert {to_hex(line.get_color()) for line in ax.get_lines()} <= {color.lower() for color in OKABE_ITO}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn)
+    assert len(render(ax)) > 5000
+
+
+def test_responses_make_a_figure_where_none_is_given():
+    """Without axes there is a new pyplot figure; what is no axes is an error."""
+    ax = plot.responses()
+    assert plt.fignum_exists(ax.figure.number)
+    plt.close(ax.figure)
+    with pytest.raises(TypeError, match=r"responses: ax must be axes of matplotlib, got list.*ax=figure\.subplots"):
+        plot.responses(ax=[ax])
