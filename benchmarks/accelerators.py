@@ -1,4 +1,4 @@
-"""What the compilers for TPU v5e and H100 make of a whole AdamW step with a clip in front; no such device is needed.
+"""What the compilers for TPU v5e and H100 make of a whole AdamW step with a clip; no such device is needed.
 
 Prints, relative to the bare step: the memory that the kernels of an ordinary step read and write (GPU), their estimated
 cycles (TPU), the number of kernels, scratch, seconds of compile time, and the collectives of the step with the number
@@ -30,30 +30,7 @@ import trees
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import optax_clip as oc
-
-CLIPS = {
-    "bare": optax.identity(),
-    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
-    "clip_by_global_norm": oc.clip_by_global_norm(1.0),
-    "autoclip": oc.autoclip(),
-    "zclip": oc.zclip(),
-    "clip_by_sigma": oc.clip_by_sigma(),
-    "clip_by_norm_range": oc.clip_by_norm_range(0.1, 1.0),
-    "clip_by_leaf_norm": oc.clip_by_leaf_norm(1.0),
-    "adagc": oc.adagc(),
-    "clip_by_group_norm": oc.clip_by_group_norm(
-        {"matrix": 1.0, "vector": None}, lambda tree: jax.tree.map(lambda x: "vector" if x.ndim < 2 else "matrix", tree)
-    ),
-    "optax.clip_by_block_rms": optax.clip_by_block_rms(1.0),
-    "clip_by_block_rms": oc.clip_by_block_rms(1.0),
-    "clip_by_unit_norm": oc.clip_by_unit_norm(1.0),
-    "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
-    "adaptive_grad_clip": oc.adaptive_grad_clip(0.01),
-    "optax.clip": optax.clip(0.01),
-    "clip": oc.clip(0.01),
-}
+from optimizers import OPTIMIZERS
 
 H100 = """
 gpu_device_info {
@@ -224,9 +201,8 @@ def report(compiled, seconds: float) -> Report:
     )
 
 
-def compiled(clip, target: Target, shapes: dict):
-    """An AdamW step in place with this clip in front, for the devices of the target."""
-    optimizer = optax.chain(clip, optax.adamw(1e-3))
+def compiled(optimizer, target: Target, shapes: dict):
+    """A step in place, for the devices of the target."""
 
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
@@ -242,17 +218,17 @@ def compiled(clip, target: Target, shapes: dict):
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
-def measure(clip, target: Target, shapes: dict) -> Report:
+def measure(optimizer, target: Target, shapes: dict) -> Report:
     """Compiles and reads a step."""
     start = time.perf_counter()
-    program = compiled(clip, target, shapes)
+    program = compiled(optimizer, target, shapes)
     return report(program, time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
-    parser.add_argument("--names", nargs="*", default=list(CLIPS), help="names from the table")
+    parser.add_argument("--names", nargs="*", default=list(OPTIMIZERS), help="names from the table")
     parser.add_argument("--layers", type=int, default=8, help="of the GPT-like tree")
     parser.add_argument("--json", action="store_true", help="one line a target and clip, for programs")
     arguments = parser.parse_args()
@@ -263,7 +239,7 @@ def main() -> None:
             heads = f"{'bytes':>7} {'cycles':>7} {'kernels':>7} {'scratch':>9} {'compile':>8}"
             print(f"\n{name}\n{'':28} {heads}  collectives")
         for clip in dict.fromkeys(["bare", *arguments.names]):
-            found = measure(CLIPS[clip], TARGETS[name], shapes)
+            found = measure(OPTIMIZERS[clip], TARGETS[name], shapes)
             bare = bare or found
             if arguments.json:
                 print(json.dumps([name, clip, found._asdict()]), flush=True)

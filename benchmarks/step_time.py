@@ -1,4 +1,4 @@
-"""Time of a whole compiled AdamW step with a clip in front, relative to the bare step.
+"""Time of a whole compiled AdamW step with a clip, relative to the bare step.
 
 All steps work on the same parameters and optimizer state, in place, in one process and in random order; a ratio is the
 median over rounds of the ratio within a round. Scratch is what the compiled program allocates beside its arguments and
@@ -16,32 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import trees
-
-import optax_clip
-
-ADAM = optax.adamw(1e-3)
-CLIPS = {
-    "bare": optax.identity(),
-    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
-    "clip_by_global_norm": optax_clip.clip_by_global_norm(1.0),
-    "clip_by_leaf_norm": optax_clip.clip_by_leaf_norm(1.0),
-    "clip_by_unit_norm": optax_clip.clip_by_unit_norm(1.0),
-    "optax.clip_by_block_rms": optax.clip_by_block_rms(1.0),
-    "clip_by_block_rms": optax_clip.clip_by_block_rms(1.0),
-    "optax.adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
-    "adaptive_grad_clip": optax_clip.adaptive_grad_clip(0.01),
-    "autoclip": optax_clip.autoclip(),
-    "zclip": optax_clip.zclip(),
-    "adagc": optax_clip.adagc(),
-    "clip_by_sigma": optax_clip.clip_by_sigma(),
-    "optax.clip": optax.clip(0.01),
-    "clip": optax_clip.clip(0.01),
-}
-
-OPTIMIZERS = {name: optax.chain(clip, ADAM) for name, clip in CLIPS.items()} | {
-    "skip_spikes": optax_clip.skip_spikes(ADAM, 1e3),
-    "skip_spikes, global": optax_clip.skip_spikes(optax.chain(optax_clip.clip_by_global_norm(1.0), ADAM), 1e3),
-}
+from optimizers import ADAM, OPTIMIZERS
 
 
 def is_adam(x) -> bool:

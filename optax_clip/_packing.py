@@ -64,6 +64,15 @@ def _entries(vector: jax.Array) -> list[jax.Array]:
     return [jax.lax.div(entry, one) for row in rows for entry in _scalars(row)]
 
 
+def ones_apart(step: jax.Array, count: int) -> list[jax.Array]:
+    """Ones, f32[] each, which XLA's CPU backend takes for different numbers where `step` is not known to be >= 0.
+
+    It writes out the broadcast of a scalar that several kernels share, and joins scalars that are the same.
+    """
+    unknown = lambda step: _entries(jnp.where(jnp.arange(count) + step < 0, 2.0, 1.0).astype(jnp.float32))
+    return jax.lax.platform_dependent(step, cpu=unknown, default=lambda step: [jnp.ones([], jnp.float32)] * count)
+
+
 def _scalars(vector: jax.Array) -> list[jax.Array]:
     return [jax.lax.index_in_dim(vector, j, keepdims=False) for j in range(len(vector))]
 

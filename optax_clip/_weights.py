@@ -15,7 +15,7 @@ from optax_clip._blocks import is_counted, parts, varying, wide
 from optax_clip._clip_by_norm import norm_clip
 from optax_clip._norm_clips import with_ord
 from optax_clip._norms import unit_norm
-from optax_clip._packing import entries_for_kernels
+from optax_clip._packing import ones_apart
 from optax_clip._reductions import pmax, total
 from optax_clip._thresholds import cast
 from optax_clip._values import bounds_at, check_bounds, first_step, next_step, pairs_at, within_disc
@@ -381,9 +381,8 @@ def _share(step: jax.Array, landed: list, count: Callable) -> jax.Array:
     size = sum(x.size * math.prod(jax.lax.axis_size(name) for name in varying(x)) for x, _ in landed)
     if not size:
         return jnp.zeros([], jnp.float32)
-    # All are 1, which XLA does not know: its CPU backend writes out the broadcast of a scalar that leaves share.
-    ones = jnp.where(jnp.arange(len(landed)) + step < 0, 2.0, 1.0).astype(jnp.float32)
-    (counted,) = total([(count(x, limit, one),) for (x, limit), one in zip(landed, entries_for_kernels(ones))])
+    ones = ones_apart(step, len(landed))
+    (counted,) = total([(count(x, limit, one),) for (x, limit), one in zip(landed, ones)])
     return counted / size
 
 

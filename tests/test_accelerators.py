@@ -54,6 +54,36 @@ def test_h100_reads_what_it_must(reports, name):
     assert clip["bytes"] <= 1.01 * floor * bare["bytes"]
 
 
+PASSES = {  # reads and writes of an array as large as the parameters, beside the seven of AdamW
+    "clip_by_magnitude": 0,
+    "clip_weights": 0,
+    "prune_weights": 0,
+    "project_weights": 0,
+    "clip_randomly(clip)": 0,
+    "clip_randomly(global)": 1,
+    "with_error_feedback(clip)": 2,  # of the carry
+    "with_error_feedback(global)": 4,  # and for the norm of updates and carry
+    "skip_spikes": 1,
+    "skip_spikes, global": 1,
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_h100_wrappers_and_clips_of_weights(reports, name):
+    """Draws take no memory, shares are counted where weights are written, a carry is read and written once."""
+    bare, wrapped = of(reports, "h100", "bare", name)
+    assert wrapped["bytes"] <= 1.01 * (1 + PASSES[name] / 7) * bare["bytes"]
+    assert wrapped["scratch"] <= 0.01 * bare["bytes"] / 7
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("target", SPREAD)
+def test_wrappers_and_clips_of_weights_gather_nothing(reports, target, name):
+    """On a mesh only sums travel: of norms, and of shares."""
+    (report,) = of(reports, target, name)
+    assert set(report["collectives"]) | set(report["rare_collectives"]) <= {"all-reduce"}
+
+
 @pytest.mark.parametrize(
     ("name", "most"), [("clip_by_global_norm", 1.08), ("clip_by_block_rms", 1.0), ("adaptive_grad_clip", 1.35)]
 )
