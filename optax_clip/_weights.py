@@ -117,8 +117,8 @@ def clip_weight_norm(
 
     Args:
       max_norm: largest norm of a unit, >= 0, as for `clip_by_unit_norm`.
-      axis: the axes that a unit extends over, as for `clip_by_unit_norm`: None for the rule by rank, an int, a tuple,
-        or a rule(path, leaf), where None leaves the leaf alone.
+      axis: the axes that a unit extends over, as for `clip_by_unit_norm`: None for the rule by rank, by which vectors
+        and matrices of one row are one unit; an int, a tuple, or a rule(path, leaf), where None leaves the leaf alone.
       ord: order of the norm, >= 1 or inf; None is 2.
       axis_name: as for `clip_by_unit_norm`.
       response: None for `shrink`; `normalize` holds each unit at `max_norm`: weight normalization.
@@ -161,7 +161,8 @@ def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -
 
     Args:
       low: where the smallest weight of a leaf goes, and all of a constant leaf: a number, a scalar array (traced too),
-        an Optax schedule, None to leave the leaf alone, or a prefix tree of these.
+        an Optax schedule, None to leave the leaf alone, or a prefix tree of these. Biases, which are often constant,
+        are better left alone.
       high: where the largest goes, >= low, likewise.
       axis_name: as for `clip_by_leaf_norm`.
 
