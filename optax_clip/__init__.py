@@ -11,6 +11,7 @@ from optax_clip._adaptive import adagc, adaptive_grad_clip, autoclip, clip_by_si
 from optax_clip._averages import ema_ratio, z_score
 from optax_clip._choosing import Replay, Suggestion, replay, suggest_threshold
 from optax_clip._clip_by_norm import ClipState, clip_by_norm
+from optax_clip._landing import WeightState
 from optax_clip._metrics import clip_metrics
 from optax_clip._norm_clips import (
     clip_by_block_rms,
@@ -27,7 +28,6 @@ from optax_clip._skipping import SkipState, skip_spikes
 from optax_clip._thresholds import Threshold, per_block, scheduled
 from optax_clip._values import ValueClipState, clip, clip_by_magnitude, clip_by_value
 from optax_clip._weights import (
-    WeightState,
     clip_weight_norm,
     clip_weights,
     project_weights,

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from optax_clip._clip_by_norm import ClipState
+from optax_clip._landing import WeightState
 from optax_clip._skipping import SkipState
-from optax_clip._weights import WeightState
 
 _FIELDS = {
     ClipState: ("norm", "threshold", "scale", "clip_rate"),

@@ -30,6 +30,7 @@ ORDER = [
     "_norm_clips",
     "_adaptive",
     "_values",
+    "_landing",
     "_weights",
     "_skipping",
     "_wrappers",

@@ -557,3 +557,10 @@ def test_a_step_reads_the_weights_once_more(name, reads):
     assert sums(program(name)) == reads * 2 * len(SHAPES)
     assert program(name).memory_analysis().temp_size_in_bytes < 0.005 * 4 * ENTRIES
     assert not re.search(r"f32\[(256,512|512,256)\]\S* copy\(", entry(program(name)))
+
+
+def test_python_scalars_are_weights():
+    """Weights and updates may be Python numbers, as of a model with one parameter."""
+    for weight in (0.9, np.float32(0.9), np.float64(0.9)):
+        out, _ = landed(oc.clip_weights(1.0), weight, 0.5)
+        assert out == 1.0
