@@ -118,9 +118,15 @@ def _dtype_of_carry(param: jax.Array, dtype: Any) -> Any:
 
 
 def _rounded(x: jax.Array, like: Any) -> jax.Array:
-    """In the dtype of `like`, and as rounded there: compilers may leave out a conversion and its inverse."""
+    """In the dtype of `like`, rounded before the conversion, which compilers leave out if its inverse follows."""
     dtype = jnp.asarray(like).dtype
-    return (jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x).astype(dtype)
+    if dtype in (jnp.bfloat16, jnp.float16):
+        info = jnp.finfo(dtype)
+        # Subnormal numbers, which `reduce_precision` makes 0, are multiples of the smallest; sums with this number too.
+        unit = 1.5 * 2.0**23 * float(info.smallest_subnormal)
+        tiny = jnp.abs(x) < float(info.smallest_normal)
+        x = jnp.where(tiny, (x + unit) - unit, jax.lax.reduce_precision(x, info.nexp, info.nmant))
+    return x.astype(dtype)
 
 
 def _left(total: jax.Array, update: Any, carry: jax.Array) -> jax.Array:
