@@ -240,6 +240,17 @@ def project_weights(projection: Callable[[Any], Any]) -> optax.GradientTransform
     return on_weights(first_step, project, caller=caller)
 
 
+def _extremes(x: jax.Array) -> list[jax.Array]:
+    """The largest of -x and of x."""
+
+    def at_once(x):
+        lowest = jnp.full([], -jnp.inf, x.dtype)
+        larger = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.maximum(a[1], b[1]))
+        return list(jax.lax.reduce((-x, x), (lowest, lowest), larger, range(x.ndim)))
+
+    return jax.lax.platform_dependent(x, cuda=at_once, rocm=at_once, default=lambda x: [-jnp.min(x), jnp.max(x)])
+
+
 def _rescaled(x: jax.Array, mesh_axes: tuple[str, ...], low: Any, high: Any) -> jax.Array:
     if not x.size or low is None or high is None:
         return x
@@ -250,7 +261,7 @@ def _rescaled(x: jax.Array, mesh_axes: tuple[str, ...], low: Any, high: Any) -> 
         )
     low, high = (cast(bound, x.dtype) for bound in (low, high))
     # Maxima over devices may lose a NaN; inf is as loud.
-    extremes = [jnp.where(jnp.isnan(extreme), jnp.inf, extreme) for extreme in (-jnp.min(x), jnp.max(x))]
+    extremes = [jnp.where(jnp.isnan(extreme), jnp.inf, extreme) for extreme in _extremes(x)]
     smallest, largest = pmax(extremes, mesh_axes) if mesh_axes else extremes
     # An eighth, so that differences of large numbers, and the reciprocals by which XLA multiplies, are normal numbers.
     smallest, largest = -smallest * 0.125, largest * 0.125
