@@ -194,3 +194,29 @@ print((time.process_time() - between) / (between - start))
         )
         shares.append(float(done.stdout))
     assert min(shares) < 0.1
+
+
+# Files beside the package
+
+
+def test_continuous_integration_runs_what_the_readme_says():
+    """The workflow, `.ci/run` and `scripts/check` all run `scripts/test`, and the version to cite is the package's."""
+    root = FOLDER.parent
+    if not (root / ".ci").is_dir():
+        pytest.skip("not a checkout")
+    assert "run: .ci/run" in (root / ".github/workflows/ci.yml").read_text()
+    assert "exec scripts/test" in (root / ".ci/run").read_text()
+    assert "exec scripts/test" in (root / "scripts/check").read_text()
+    assert f"version: {optax_clip.__version__}" in (root / "CITATION.cff").read_text()
+
+
+def test_files_that_contributing_names_exist():
+    """`CONTRIBUTING.md` points at nothing that is not there."""
+    root = FOLDER.parent
+    if not (root / "CONTRIBUTING.md").is_file():
+        pytest.skip("not a checkout")
+    named = set(
+        re.findall(r"`((?:optax_clip|tests|scripts|\.ci|benchmarks)/[\w./]*)`", (root / "CONTRIBUTING.md").read_text())
+    )
+    assert len(named) > 8
+    assert all((root / name).exists() for name in named)
