@@ -225,6 +225,8 @@ def adagc(
     Guarantees:
       As for `clip_by_leaf_norm`. A norm that is not finite leaves no trace in any average; in warm-up, where all blocks
       are scaled together, such a block makes all NaN. Norms of 0 do not become an average in warm-up: see `ema_ratio`.
+      An average grows by at most 1 + (1 - decay) · (max_ratio - 1) a step, here 1.001: a spike in warm-up, which scales
+      all blocks down, holds the others back for long.
 
     Example:
       >>> tx = adagc(max_norm=5.0, max_ratio=1.1, warmup_steps=1)
@@ -253,7 +255,8 @@ def clip_by_sigma(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates so that their norm is at most some deviations above the mean of the last norms.
 
-    updates ← updates · min(1, c / norm),  c = mean + sigmas · max(deviation, 1e-6), over the norms of earlier steps
+    updates ← updates · min(1, c / norm),  c = mean + sigmas · max(deviation, 1e-6), over the norms of earlier steps,
+    as they were before clipping, so that spikes raise c
 
     This is `clip_by_norm(global_norm, sigma_window(sigmas, window))`.
 

@@ -48,7 +48,8 @@ def scalar(
     if shape != ():
         raise ValueError(
             f"{caller}: {name} must be a scalar, got an array of shape {shape}. "
-            "For a threshold for each leaf use clip_by_leaf_norm, for each group clip_by_group_norm."
+            "For a number for each leaf pass a tree of scalars, where blocks are leaves or smaller; for each group use "
+            "clip_by_group_norm."
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{caller}: {name} must be {kinds}, got dtype {dtype}. Pass a real number.")

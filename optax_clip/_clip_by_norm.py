@@ -219,7 +219,13 @@ def _scale_and_factor(norm: jax.Array, threshold: jax.Array, respond: Callable) 
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
     n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
-    scale = jnp.where(live, respond(n, t), jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)
+    answer = respond(n, t)
+    if jnp.shape(answer) not in ((), norm.shape):
+        raise ValueError(
+            f"response: it must return a factor for each norm, got shape {jnp.shape(answer)} for {norm.shape} norms. "
+            "It is a function of two arrays, norm and threshold, entry by entry."
+        )
+    scale = jnp.where(live, answer, jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)
     # A scale below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
     far = (scale < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)

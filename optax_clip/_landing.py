@@ -54,18 +54,18 @@ def entrywise(
 
 
 def on_weights(init: Callable, project: Callable, *, caller: str) -> optax.GradientTransformationExtraArgs:
-    """The update that takes the weights to where `project(weights, state)` wants them."""
+    """The update that takes the weights to where `project(weights, state, params)` wants them."""
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         pairs, treedef = _pairs(updates, params, caller)
         wide_pairs = [pair and _widened(*pair) for pair in pairs]
         landing = [pair and pair[0] + pair[1] for pair in wide_pairs]
-        projected, state = project(treedef.unflatten(landing), state)
+        projected, state = project(treedef.unflatten(landing), state, params)
         targets = iter(jax.tree.leaves(projected))
         # From the landing alone: XLA's CPU backend writes out what two kernels need, and would do so for updates too.
         new = [
-            leaf if pair is None or (target := next(targets)) is x else target.astype(x.dtype) - pair[0]
+            leaf if pair is None or (target := next(targets)) is x else jnp.asarray(target, x.dtype) - pair[0]
             for leaf, pair, x in zip(jax.tree.leaves(updates), wide_pairs, landing)
         ]
         return treedef.unflatten(new), state
@@ -92,8 +92,11 @@ def _pairs(updates: Any, params: Any, caller: str) -> tuple[list, Any]:
 
 
 def _widened(weight: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dtype = jnp.promote_types(weight.dtype, wide(update))
-    dtype = jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(update) else dtype
+    double = jnp.float64 in (wide(weight), wide(update))
+    if jnp.iscomplexobj(weight) or jnp.iscomplexobj(update):
+        dtype = jnp.complex128 if double else jnp.complex64
+    else:
+        dtype = jnp.float64 if double else jnp.float32
     return weight.astype(dtype), update.astype(dtype)
 
 
@@ -108,12 +111,12 @@ def held(weight: jax.Array, update: jax.Array, limit: jax.Array) -> jax.Array:
     # limit takes the other way too, where there are only sums.
     target = jnp.clip(landing, -limit, limit)
     step = target - weight
-    # By a rounding of the step less, where the sum is rounded to outside.
-    shorter = step - jnp.copysign(jnp.abs(step) * float(jnp.finfo(step.dtype).eps), target)
-    inside = [jnp.abs(weight + x) <= limit for x in (step, shorter)]
-    safe = jnp.where(inside[0], step, jnp.where(inside[1], shorter, -weight))
-    safe = jnp.where(jnp.isnan(target), jnp.nan, safe)
-    return jnp.where(jnp.abs(landing) + _margin(weight, update) < limit, update, safe)
+    # By a rounding of the step less, where the sum is rounded to outside; by all, where that is not enough.
+    rounding = jnp.abs(step) * float(jnp.finfo(step.dtype).eps)
+    shorter = step - jnp.where(target > 0, rounding, -rounding)
+    step = jnp.where(jnp.abs(weight + step) <= limit, step, shorter)
+    step = jnp.where(jnp.abs(weight + step) > limit, -weight, step)  # keeps NaN
+    return jnp.where(jnp.abs(landing) + _margin(weight, update) < limit, update, step)
 
 
 def pruned(weight: jax.Array, update: jax.Array, limit: jax.Array) -> jax.Array:
@@ -144,10 +147,19 @@ def _at_most(value: Any, dtype: Any) -> jax.Array:
     nearest = known.astype(dtype)
     if nearest.dtype == known.dtype:
         return nearest
-    # Not by converting back: a compiler may leave out both conversions.
-    up = jax.lax.reduce_precision(known, exponent_bits=info.nexp, mantissa_bits=info.nmant) > known
-    tiny = known < 2 * float(info.smallest_normal)  # which that flushes
-    return jnp.where(up | tiny, _neighbor(nearest, -1), nearest)
+    return jnp.where(rounded_to(known, dtype) > known, _neighbor(nearest, -1), nearest)
+
+
+def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """The nearest number of a narrower dtype, in the wider one: compilers may leave out converting there and back."""
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(x.dtype).nexp:
+        return rounded
+    # Subnormal numbers, which that makes 0, are multiples of the smallest.
+    smallest = float(info.smallest_subnormal)
+    tiny = jnp.abs(x) < float(info.smallest_normal)
+    return jnp.where(tiny, jnp.round(jnp.where(tiny, x, 0.0) * (1 / smallest)) * smallest, rounded)
 
 
 def _neighbor(x: jax.Array, steps: int) -> jax.Array:
@@ -189,4 +201,5 @@ def count_at_bound(x: jax.Array, limit: jax.Array, one: jax.Array) -> jax.Array:
 
 
 def count_zeros(x: jax.Array, limit: jax.Array, one: jax.Array) -> jax.Array:
-    return x.size - jnp.sum(jnp.square(jnp.sign(jnp.abs(x).astype(jnp.float32))))
+    x = jnp.abs(x) if jnp.iscomplexobj(x) else x
+    return x.size - jnp.sum(jnp.abs(jnp.sign(x.astype(jnp.float32))))

@@ -46,8 +46,9 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     if not any(states.values()):
         raise ValueError(
             f"clip_metrics: found no ClipState in opt_state, a {type(opt_state).__name__}. Pass the state of an "
-            "optimizer with a norm clip or a clip of weights in it; clips of single entries (clip, clip_by_value) "
-            "measure nothing, and clip_by_global_norm(None) measures without clipping."
+            "optimizer with a norm clip, clip_weights or prune_weights in it; clips of single entries (clip, "
+            "clip_by_value), rescale_weights and project_weights measure nothing. clip_by_global_norm(None) measures "
+            "without clipping."
         )
     metrics = {}
     for kind, found in states.items():

@@ -160,13 +160,12 @@ def check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None)
     for value in jax.tree.leaves(tree, is_leaf=is_threshold):
         if is_threshold(value):
             raise TypeError(
-                f"{caller}: {name} must be a number, a scalar array, a schedule, or None, got a Threshold. "
-                "Rules compare norms, and entries have none: use clip_by_norm or another norm clip."
+                f"{caller}: {name} must be a number, a scalar array, a schedule, or None, got a {type(value).__name__}."
+                " Rules compare norms, and entries have none: use clip_by_norm or another norm clip; for weights, "
+                "clip_weight_norm."
             )
         if not _checks.is_function(value):
-            _checks.scalar(
-                value, caller=caller, name=name, low=low, why=" A negative bound would flip the sign of the update."
-            )
+            _checks.scalar(value, caller=caller, name=name, low=low, why=" A negative bound leaves nothing inside.")
 
 
 def bounds_at(

@@ -1,6 +1,7 @@
 """Clips of the weights. Each changes the update, so that `optax.apply_updates` puts the weights where they belong."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,8 @@ def clip_weights(max_value: Any) -> optax.GradientTransformationExtraArgs:
 
     Returns:
       A transformation with the state `WeightState`: i32[], and in `touched` f32[] the share of the weights on the
-      bound after the step, to 1e-6 of it. `update` needs `params`; the updates are f32 at least, which
+      bound after the step, to 1e-6 of it (NaN where a weight is; where types of a mesh do not tell, of this device's
+      part). `update` needs `params`; the updates are f32 at least, which
       `optax.apply_updates` takes.
 
     Raises:
@@ -124,8 +126,8 @@ def clip_weight_norm(
       TypeError: an argument is of the wrong kind.
 
     Guarantees:
-      After `optax.apply_updates` norms are at most `max_norm` to a few eps of the parameters' dtype. Units below land
-      where they would have landed, to one rounding.
+      After `optax.apply_updates` norms are at most `max_norm`, and units below land where they would have landed, to a
+      few eps of the old or the new weights, the larger ones.
 
     Example:
       >>> tx = clip_weight_norm(5.0)
@@ -142,7 +144,7 @@ def clip_weight_norm(
     caller = "clip_weight_norm"
     norm = functools.partial(with_ord(unit_norm, ord, axis_name, caller), axis=_checks.axis(axis, caller=caller))
     clip = norm_clip(norm, max_norm, response, caller=caller, name="max_norm")
-    return on_weights(clip.init, lambda weights, state: clip.update(weights, state), caller=caller)
+    return on_weights(clip.init, clip.update, caller=caller)
 
 
 def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -182,9 +184,16 @@ def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -
     caller, names = "rescale_weights", ("low", "high")
     for name, bound in zip(names, (low, high)):
         check_bounds(bound, caller=caller, name=name)
+        for value in jax.tree.leaves(bound, is_leaf=_checks.is_function):
+            known = None if _checks.is_function(value) else _checks.concrete(value)
+            if known is not None and math.isinf(known):
+                raise ValueError(
+                    f"{caller}: {name} must be finite, got {known}. Pass a number, or None to leave leaves alone."
+                )
     _checks.ordered(low, high, caller=caller, low=names[0], high=names[1])
 
-    def project(weights, state):
+    def project(weights, state, params):
+        del params
         bounds = pairs_at(state.step, (low, high), weights, caller=caller, names=names)
         leaves = parts(weights, axis_name, caller=caller)
         rescaled = [_rescaled(part.value, part.mesh_axes, *pair) for part, pair in zip(leaves, bounds) if part]
@@ -227,8 +236,9 @@ def project_weights(projection: Callable[[Any], Any]) -> optax.GradientTransform
     caller = "project_weights"
     _checks.function(projection, caller=caller, name="projection", example="optax.projections.projection_non_negative")
 
-    def project(weights, state):
-        projected = projection(weights)
+    def project(weights, state, params):
+        del params
+        projected = jax.tree.map(jnp.asarray, projection(weights))
         if jax.tree.map(jnp.shape, projected) != jax.tree.map(jnp.shape, weights):
             raise ValueError(
                 f"{caller}: projection must return a tree like that of the weights, got shapes "
@@ -268,5 +278,5 @@ def _rescaled(x: jax.Array, mesh_axes: tuple[str, ...], low: Any, high: Any) -> 
     span = largest - smallest
     constant = span == 0
     share = jnp.where(constant, 0.0, (x * 0.125 - smallest) / jnp.where(constant, 1.0, span))
-    target = jnp.clip(low + share * (high - low), low, high)
+    target = jnp.clip(low * (1 - share) + high * share, low, high)
     return jnp.where(jnp.isfinite(span), target, jnp.nan)

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from optax_clip import _checks
-from optax_clip._blocks import is_counted, varying
+from optax_clip._blocks import Mesh, is_counted, varying
+from optax_clip._landing import rounded_to
 from optax_clip._packing import entries_for_kernels
 from optax_clip._reductions import at_least_f32
 from optax_clip._thresholds import cast
@@ -42,13 +43,14 @@ def with_error_feedback(
 
     Raises:
       TypeError: `clip` is not an Optax transformation, or `accumulator_dtype` is not a floating dtype.
+      ValueError: updates have another structure or other shapes than the parameters that `init` saw.
 
     Guarantees:
       The sum of the updates that come out, plus the carry, is the sum of those that went in, to rounding in the dtype
       of the carry. `clip` sees f32 at least, and what its result loses in the dtype of the updates is carried too.
-      What is not finite does not enter the carry: such a step comes out as `clip` makes it. Where the carry itself
-      cannot shrink, as with a threshold below the mean of the gradients, it grows without bound. Leaves without a
-      norm carry nothing.
+      What is not finite does not enter the carry: such a step comes out as `clip` makes it. Where the carry cannot
+      shrink, as with a threshold below the mean of the gradients, it grows, up to the largest number of its dtype.
+      Leaves without a norm carry nothing.
 
     Example:
       >>> tx = with_error_feedback(clip(1.0))
@@ -106,8 +108,10 @@ def _map(function: Callable, first: Any, second: Any, *rest: Any) -> Any:
     )
 
 
-def _sum(x: Any, carry: jax.Array) -> jax.Array:
+def _sum(x: Any, carry: Any) -> jax.Array:
     x = at_least_f32(jnp.asarray(x))
+    if jnp.shape(carry) != x.shape:
+        raise ValueError(f"an update of shape {x.shape} has a carry of shape {jnp.shape(carry)}")
     return x + carry.astype(x.dtype)
 
 
@@ -118,20 +122,23 @@ def _dtype_of_carry(param: jax.Array, dtype: Any) -> Any:
 
 
 def _rounded(x: jax.Array, like: Any) -> jax.Array:
-    """In the dtype of `like`, rounded before the conversion, which compilers leave out if its inverse follows."""
     dtype = jnp.asarray(like).dtype
-    if dtype in (jnp.bfloat16, jnp.float16):
-        info = jnp.finfo(dtype)
-        # Subnormal numbers, which `reduce_precision` makes 0, are multiples of the smallest; sums with this number too.
-        unit = 1.5 * 2.0**23 * float(info.smallest_subnormal)
-        tiny = jnp.abs(x) < float(info.smallest_normal)
-        x = jnp.where(tiny, (x + unit) - unit, jax.lax.reduce_precision(x, info.nexp, info.nmant))
-    return x.astype(dtype)
+    x = _saturated(x, dtype)
+    # Rounded before the conversion, which compilers leave out if its inverse follows.
+    return (rounded_to(x, dtype) if dtype in (jnp.bfloat16, jnp.float16) else x).astype(dtype)
 
 
 def _left(total: jax.Array, update: Any, carry: jax.Array) -> jax.Array:
-    new = (total - at_least_f32(jnp.asarray(update))).astype(carry.dtype)
-    return jnp.where(jnp.isfinite(new), new, carry)
+    new = total - at_least_f32(jnp.asarray(update))
+    return jnp.where(jnp.isfinite(new), _saturated(new, carry.dtype).astype(carry.dtype), carry)
+
+
+def _saturated(x: jax.Array, dtype: Any) -> jax.Array:
+    """Finite numbers moved to where the dtype holds them; what is lost of an update is carried."""
+    if jnp.iscomplexobj(x) or jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
+        return x
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
 class RandomClipState(NamedTuple):
@@ -154,14 +161,16 @@ def clip_randomly(
     Args:
       clip: any transformation of the gradients.
       probability: of being clipped, in [0, 1]: a number or a scalar array (traced too).
-      seed: an int or a key of `jax.random` (traced too). The same seed gives the same draws, on any device.
+      seed: an int or a key of `jax.random` (traced too). The same seed gives the same draws, on any device: two of
+        these in a chain want seeds of their own.
       per: "element": a draw for each entry; "leaf": one for each leaf.
 
     Returns:
       A transformation with the state `RandomClipState`: u32[2], and the state of `clip`.
 
     Raises:
-      ValueError: `probability` is out of range or not a scalar; `per` is neither.
+      ValueError: `probability` is out of range or not a scalar; `per` is neither; draws for elements inside `pmap` or
+        `shard_map(check_vma=False)`, where types do not tell which devices hold different entries.
       TypeError: an argument is of the wrong kind.
 
     Guarantees:
@@ -174,7 +183,7 @@ def clip_randomly(
       >>> grads = jnp.full(6, 3.0)
       >>> updates, state = tx.update(grads, tx.init(grads))
       >>> print(updates, tx.update(grads, state)[0])
-      [1. 1. 1. 1. 3. 3.] [3. 3. 1. 3. 1. 3.]
+      [1. 3. 1. 1. 1. 3.] [3. 1. 1. 3. 3. 3.]
 
     References:
       Clipping all, a random part, or a selected part of the gradient. The hash is the finalizer of MurmurHash3
@@ -193,8 +202,13 @@ def clip_randomly(
     def update_fn(updates, state, params=None, **extra_args):
         clipped, inner_state = update_inner(updates, state.inner_state, params, **extra_args)
         leaves, treedef = jax.tree.flatten(updates)
+        if per == "element" and (untyped := Mesh(caller).untyped):
+            raise ValueError(
+                f"{caller}: over which of the mesh axes {tuple(untyped)} leaves are spread cannot be told inside pmap "
+                'or shard_map(check_vma=False), and all devices would draw alike. Use check_vma=True, or per="leaf".'
+            )
         key, now = jax.random.split(jax.random.wrap_key_data(state.key, impl="threefry2x32"))
-        words = jax.random.bits(now, (2, len(leaves))) >> 1
+        words = jax.random.bits(now, (2, len(leaves)), jnp.uint32) >> 1
         words = list(zip(*map(entries_for_kernels, words))) if leaves else []
         chosen = [
             _chosen(x, y, w, probability, per) if is_counted(x) else y
@@ -215,13 +229,15 @@ def _chosen(x: Any, clipped: jax.Array, words: tuple, probability: Any, per: str
 
 def _hashes(x: jax.Array, words: tuple) -> jax.Array:
     """A random u32 for each entry. `jax.random.bits` would take twice the memory of the leaf on CPU."""
-    row, stride = words[0], words[1] * 2 + 1
+    row = words[0]
     for name in sorted(varying(x)):
         row = _mixed(row + jax.lax.axis_index(name).astype(jnp.uint32))
     *outer, last = x.shape or (1,)
     for axis in range(len(outer)):
         row = _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (*outer, 1), axis))
-    column = jax.lax.iota(jnp.uint32, last).reshape(x.shape[-1:]) * stride
+    row = row if outer else row.reshape(x.shape and (1,))
+    # A stride for each row, or rows would be windows of one sequence.
+    column = jax.lax.iota(jnp.uint32, last).reshape(x.shape[-1:]) * (_mixed(row + words[1]) * 2 + 1)
     # Nothing is added but the sharding of the leaf.
     return _mixed(row + column + jnp.where(False, x, 0).real.astype(jnp.uint32))
 
@@ -235,7 +251,7 @@ def _mixed(h: jax.Array) -> jax.Array:
 def _key_data(seed: Any) -> jax.Array:
     """The words of a threefry key, as an array that every checkpoint can hold."""
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and not seed.ndim:
-        return jax.random.bits(seed, (2,))
+        return jax.random.bits(seed, (2,), jnp.uint32)
     if isinstance(seed, (jax.Array, np.ndarray)) and seed.dtype == jnp.uint32 and seed.shape == (2,):
         return jnp.asarray(seed)
     kind = getattr(seed, "dtype", type(seed))

@@ -95,6 +95,13 @@ def test_derivative_at_zero_is_the_identity(response):
     assert by_threshold(0.5) == 0
 
 
+def test_a_response_of_another_shape_is_an_error():
+    """A response that does not return a factor for each norm is refused, not broadcast over the entries."""
+    tx = oc.clip_by_global_norm(1.0, response=lambda norm, threshold: jnp.ones(3))
+    with pytest.raises(ValueError, match=r"response: it must return a factor for each norm, got shape \(3,\)"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+
+
 # Both ends of a range
 
 

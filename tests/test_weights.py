@@ -124,7 +124,7 @@ HOW = {
 @pytest.mark.parametrize("make", [oc.clip_weights, oc.prune_weights], ids=["clip", "prune"])
 def test_bounds_hold_exactly(make, of_weights, of_updates, how):
     """Of 10 000 weights of all magnitudes none lies outside of the bound (or inside, if pruned) by a rounding."""
-    for seed, bound in enumerate((0.01, 1 / 3, 7.3, 3e-6)):
+    for seed, bound in enumerate((0.01, 1 / 3, 7.3, 3e-6, 1.4741305611290626e-05)):
         weights, updates = cases(DTYPES[of_weights], seed), cases(DTYPES[of_updates], seed + 100)
         out = HOW[how](make, bound, jnp.float32(0.37))(weights, updates)
         assert out.dtype == weights.dtype
@@ -558,6 +558,30 @@ def test_a_step_reads_the_weights_once_more(name, reads):
     assert sums(program(name)) == reads * 2 * len(SHAPES)
     assert program(name).memory_analysis().temp_size_in_bytes < 0.005 * 4 * ENTRIES
     assert not re.search(r"f32\[(256,512|512,256)\]\S* copy\(", entry(program(name)))
+
+
+def test_rules_see_the_parameters():
+    """A threshold that is a share of the norm of the parameters holds units to it: they cannot grow by more."""
+    tx, weights = oc.clip_weight_norm(oc.param_fraction(1.1, oc.unit_norm)), pair(9)
+    out, _ = landed(tx, weights, jax.tree.map(lambda w: w * 5, weights))
+    chex.assert_trees_all_close(out, jax.tree.map(lambda w: 1.1 * w, weights), rtol=1e-5)
+
+
+def test_rescaling_to_a_range_without_end_is_an_error():
+    """Both ends must be finite; a range as wide as that of f32 works."""
+    for low, high in ((0.0, np.inf), (-np.inf, 0.0)):
+        with pytest.raises(ValueError, match=r"rescale_weights: (low|high) must be finite, got -?inf"):
+            oc.rescale_weights(low, high)
+    out, _ = landed(oc.rescale_weights(-3e38, 3e38), jnp.zeros(3), jnp.array([1.0, 2.0, 3.0]))
+    chex.assert_trees_all_close(out, jnp.array([-3e38, 0.0, 3e38]))
+
+
+def test_strict_promotion_of_complex_weights():
+    """Complex weights and updates meet in their own dtype."""
+    with jax.numpy_dtype_promotion("strict"):
+        weights = jnp.array([3.0 + 4.0j], jnp.complex64)
+        out, _ = landed(oc.clip_weights(1.0), weights, jnp.zeros(1, jnp.complex64))
+    chex.assert_trees_all_close(out, jnp.array([0.6 + 0.8j], jnp.complex64), rtol=1e-6)
 
 
 def test_python_scalars_are_weights():

@@ -174,6 +174,19 @@ def test_rounding_of_updates_is_carried():
         assert abs(float(out[0]) - 3**-0.5) > 1e-5  # rounded, so the carry is not what f32 would have left
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
+def test_sums_beyond_the_range_of_the_updates_are_carried(dtype):
+    """A finite sum above the largest number of the updates' dtype comes out as that, and the rest is carried."""
+    largest = float(jnp.finfo(dtype).max)
+    tx = oc.with_error_feedback(oc.clip_by_global_norm(1e9))
+    state = tx.init(jnp.zeros(1, dtype))._replace(carry=jnp.full(1, 0.5 * largest))
+    out, state = jax.jit(tx.update)(jnp.full(1, largest, dtype), state)
+    assert float(out[0]) == largest and float(state.carry[0]) == 0.5 * largest
+    narrow = oc.with_error_feedback(oc.clip(1.0), accumulator_dtype=jnp.float16)
+    _, state = run(narrow, [jnp.full(1, 6e4)] * 3, jnp.zeros(1))
+    assert float(state.carry[0]) == 65504
+
+
 def test_f64_carry():
     """With 64 bits, f64 leaves carry in f64."""
     with jax.enable_x64(True):
@@ -287,6 +300,51 @@ def test_a_traced_probability_may_change():
     for p in (0.25, 0.75):
         out, state = step(p, state)
         assert float((out == 1.0).mean()) == pytest.approx(p, abs=0.03)
+
+
+def test_rows_are_no_windows_of_one_sequence():
+    """No row of a large matrix repeats a part of another, shifted: every window of 64 draws is there once."""
+    tx, updates = oc.clip_randomly(oc.clip(1.0), 0.5), jnp.full((4096, 2048), 3.0)
+    mask = np.asarray(jax.jit(tx.update)(updates, tx.init(updates))[0] == 1.0)
+    windows = np.packbits(mask.reshape(4096, 32, 64), axis=2)
+    # A pair of rows that overlap would show windows of one in the other at any shift: those of the first 64 columns.
+    starts = {row[:64].tobytes() for row in mask}
+    assert len(starts) == 4096 and len(np.unique(windows.reshape(-1, 8), axis=0)) == 4096 * 32
+    powers = np.uint64(1) << np.arange(64, dtype=np.uint64)
+    first = np.sort((mask[:, :64].astype(np.uint64) * powers).sum(axis=1))
+    rolling = sum(mask[:, k : 2048 - 63 + k].astype(np.uint64) << np.uint64(k) for k in range(64))
+    assert not np.isin(rolling[:, 1:], first).any()
+
+
+def test_draws_with_64_bits():
+    """With 64 bits enabled draws are what they are without, for f64 leaves too, and keys work."""
+    tx = oc.clip_randomly(oc.clip(1.0), 0.5, 3)
+    expected = tx.update(jnp.full(1000, 3.0), tx.init(None))[0]
+    with jax.enable_x64(True):
+        out, state = tx.update(jnp.full(1000, 3.0, jnp.float64), tx.init(None))
+        assert out.dtype == jnp.float64 and state.key.dtype == jnp.uint32
+        np.testing.assert_array_equal(out, expected)
+        of_key = oc.clip_randomly(oc.clip(1.0), 1.0, jax.random.key(3))
+        assert (of_key.update(jnp.full(9, 3.0), of_key.init(None))[0] == 1.0).all()
+
+
+def test_draws_where_types_are_silent_are_an_error():
+    """Inside `shard_map(check_vma=False)` devices would draw alike; a draw for a whole leaf is the same on all."""
+    mesh, updates = trees.mesh(data=4), jnp.full((4, 8), 3.0)
+    for per in ("element", "leaf"):
+        tx = oc.clip_randomly(oc.clip(1.0), 0.5, per=per)
+        step = jax.shard_map(
+            lambda u, tx=tx: tx.update(u, tx.init(u))[0],
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+            check_vma=False,
+        )
+        if per == "leaf":
+            assert len(np.unique(step(updates))) == 1
+        else:
+            with pytest.raises(ValueError, match=r"clip_randomly: over which of the mesh axes \('data',\).*check_vma"):
+                step(updates)
 
 
 # A selected part
@@ -527,3 +585,5 @@ def test_a_carry_of_another_tree_is_an_error():
     tx = oc.with_error_feedback(oc.clip(1.0))
     with pytest.raises(ValueError, match="with_error_feedback: "):
         tx.update({"x": jnp.ones(2)}, tx.init({"y": jnp.ones(2)}))
+    with pytest.raises(ValueError, match=r"with_error_feedback: .*shape \(2, 3\) has a carry of shape \(3,\)"):
+        tx.update(jnp.ones((2, 3)), tx.init(jnp.ones(3)))
