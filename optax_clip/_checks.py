@@ -26,6 +26,13 @@ def is_transformation(value: object) -> bool:
     return isinstance(value, optax.GradientTransformation)
 
 
+def transformation(value: object, *, caller: str, name: str, example: str) -> None:
+    if not is_transformation(value):
+        raise TypeError(
+            f"{caller}: {name} must be an Optax transformation, got {type(value).__name__}. For example: {example}."
+        )
+
+
 NUMBER = "a number or a scalar array"
 _NOT_REAL = (bool, np.bool_, str, bytes, complex, np.complexfloating)
 

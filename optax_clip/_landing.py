@@ -74,7 +74,7 @@ def on_weights(init: Callable, project: Callable, *, caller: str) -> optax.Gradi
 
 
 def _pairs(updates: Any, params: Any, caller: str) -> tuple[list, Any]:
-    """Leaves of the updates with their weights, in f32 or wider, or None for what is no weight."""
+    """The weight and the update of each leaf, or None where the update is no number to clip by."""
     _checks.params_given(params, caller=caller, why="The weights are clipped as they will be after the update.")
     leaves, treedef = jax.tree.flatten(updates)
     pairs = []
@@ -126,8 +126,8 @@ def pruned(weight: jax.Array, update: jax.Array, limit: jax.Array) -> jax.Array:
     # As in `held`: close to the edge only sums.
     close = jnp.abs(jnp.abs(landing) - edge) <= _margin(weight, update)
     step = jnp.where(close, landing - weight, update)
-    pruned = jnp.where(jnp.abs(weight + step) <= edge, -weight, step)
-    return jnp.where(jnp.isnan(limit), jnp.nan, pruned)
+    step = jnp.where(jnp.abs(weight + step) <= edge, -weight, step)
+    return jnp.where(jnp.isnan(limit), jnp.nan, step)
 
 
 def _margin(weight: jax.Array, update: jax.Array) -> jax.Array:

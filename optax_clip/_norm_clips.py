@@ -55,7 +55,7 @@ def clip_by_global_norm(
     """
     caller = "clip_by_global_norm"
     rule = as_threshold(max_norm, caller=caller, name="max_norm")
-    return norm_clip(with_ord(global_norm, ord, axis_name, caller), rule, response, caller=caller, name="max_norm")
+    return norm_clip(_with_ord(global_norm, ord, axis_name, caller), rule, response, caller=caller, name="max_norm")
 
 
 def clip_by_leaf_norm(
@@ -95,7 +95,7 @@ def clip_by_leaf_norm(
       `clipnorm` of Keras optimizers and `tf.clip_by_norm`.
     """
     caller = "clip_by_leaf_norm"
-    return norm_clip(with_ord(leaf_norm, ord, axis_name, caller), max_norm, response, caller=caller, name="max_norm")
+    return norm_clip(_with_ord(leaf_norm, ord, axis_name, caller), max_norm, response, caller=caller, name="max_norm")
 
 
 def clip_by_unit_norm(
@@ -142,9 +142,7 @@ def clip_by_unit_norm(
     References:
       Units as in Brock, De, Smith, Simonyan, 2021, arXiv 2102.06171.
     """
-    caller = "clip_by_unit_norm"
-    norm = functools.partial(with_ord(unit_norm, ord, axis_name, caller), axis=_checks.axis(axis, caller=caller))
-    return norm_clip(norm, max_norm, response, caller=caller, name="max_norm")
+    return unit_clip(max_norm, axis, ord, axis_name, response, caller="clip_by_unit_norm")
 
 
 def clip_by_block_rms(
@@ -240,7 +238,7 @@ def clip_by_group_norm(
         label: as_threshold(value, caller=caller, name=f"max_norms[{label!r}]") for label, value in max_norms.items()
     }
     idle = as_threshold(None, caller=caller, name="max_norms")
-    norm = with_ord(group_norm, ord, axis_name, caller)
+    norm = _with_ord(group_norm, ord, axis_name, caller)
 
     def clip_of(updates):
         tree = labels(updates) if _checks.is_function(labels) else labels
@@ -312,7 +310,15 @@ def clip_by_norm_range(
     return norm_clip(norm, between(low, high), normalize, caller=caller, name="max_norm")
 
 
-def with_ord(norm: Callable, ord: float | None, axis_name: Any, caller: str) -> Callable:
+def unit_clip(
+    max_norm: Any, axis: Any, ord: float | None, axis_name: Any, response: Callable | None, *, caller: str
+) -> optax.GradientTransformationExtraArgs:
+    """`clip_by_unit_norm`, of whatever the caller gives it."""
+    norm = functools.partial(_with_ord(unit_norm, ord, axis_name, caller), axis=_checks.axis(axis, caller=caller))
+    return norm_clip(norm, max_norm, response, caller=caller, name="max_norm")
+
+
+def _with_ord(norm: Callable, ord: float | None, axis_name: Any, caller: str) -> Callable:
     """The norm with its options, `ord` checked under the name of the clip that the user called."""
     if ord is not None:
         ord = _checks.static_number(ord, caller=caller, name="ord", low=1.0)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.core import eval_jaxpr
 
-from optax_clip._checks import is_transformation
+from optax_clip import _checks
 from optax_clip._clip_by_norm import ClipState, norm_step
 from optax_clip._norms import global_norm
 
@@ -67,11 +67,8 @@ def skip_spikes(
     References:
       Chowdhery and others, PaLM, 2022, arXiv 2204.02311, section 5.1, skip the batches around spikes of the loss.
     """
-    if not is_transformation(inner):
-        raise TypeError(
-            f"skip_spikes: inner must be an Optax transformation, got {type(inner).__name__}. "
-            "For example: skip_spikes(optax.adamw(1e-3), 10.0)."
-        )
+    example = "skip_spikes(optax.adamw(1e-3), 10.0)"
+    _checks.transformation(inner, caller="skip_spikes", name="inner", example=example)
     update_inner = optax.with_extra_args_support(inner).update
     # Its updates are not used, so the compiler drops them.
     norm = global_norm if norm is None else norm

@@ -55,7 +55,7 @@ def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
         deltas = bounds_at(step, max_delta, updates, caller="clip", name="max_delta", low=0.0)
         return [(None, None) if delta is None else (-delta, delta) for delta in deltas]
 
-    return _entrywise(bounds)
+    return _entrywise(bounds, _clipped)
 
 
 def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +96,7 @@ def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.Gradien
     def bounds(step, updates):
         return pairs_at(step, (min_value, max_value), updates, caller="clip_by_value", names=("min_value", "max_value"))
 
-    return _entrywise(bounds)
+    return _entrywise(bounds, _clipped)
 
 
 def clip_by_magnitude(min_magnitude: Any = None, max_magnitude: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -172,32 +172,31 @@ def bounds_at(
     step: jax.Array, tree: Any, updates: Any, *, caller: str, name: str, low: float | None = None
 ) -> list[Any]:
     """The bound for each leaf at this step, or None. Values that are known only now, and below `low`, act as `low`."""
-
-    def now(bound):
-        if callable(bound):
-            bound = schedule_value(bound, step, f"{caller}: {name}")
-        if bound is None or low is None:
-            return bound
-        # Keeps NaN.
-        return jnp.maximum(bound, jnp.asarray(low, bound.dtype)) if isinstance(bound, jax.Array) else max(bound, low)
-
-    return [now(bound) for bound in broadcast(tree, updates, caller=caller, name=name)]
+    bounds = broadcast(tree, updates, caller=caller, name=name)
+    return [_at(step, bound, f"{caller}: {name}", low) for bound in bounds]
 
 
 def pairs_at(
     step: jax.Array, trees: tuple, updates: Any, *, caller: str, names: tuple, low: float | None = None
-) -> list:
+) -> list[tuple]:
     """The lower and upper bound for each leaf at this step."""
-    given = [broadcast(tree, updates, caller=caller, name=name) for tree, name in zip(trees, names)]
-    for pair in zip(*given):
+    pairs = list(zip(*(broadcast(tree, updates, caller=caller, name=name) for tree, name in zip(trees, names))))
+    for pair in pairs:
         _checks.ordered(*pair, caller=caller, low=names[0], high=names[1])
-    columns = (bounds_at(step, tree, updates, caller=caller, name=name, low=low) for tree, name in zip(trees, names))
-    return list(zip(*columns))
+    return [tuple(_at(step, bound, f"{caller}: {name}", low) for bound, name in zip(pair, names)) for pair in pairs]
 
 
-def _entrywise(bounds: Callable, clipped: Callable | None = None) -> optax.GradientTransformationExtraArgs:
+def _at(step: jax.Array, bound: Any, argument: str, low: float | None) -> Any:
+    if callable(bound):
+        bound = schedule_value(bound, step, argument)
+    if bound is None or low is None:
+        return bound
+    # Keeps NaN.
+    return jnp.maximum(bound, jnp.asarray(low, bound.dtype)) if isinstance(bound, jax.Array) else max(bound, low)
+
+
+def _entrywise(bounds: Callable, clipped: Callable) -> optax.GradientTransformationExtraArgs:
     """`clipped(leaf, low, high)` of each leaf, with the bounds that `bounds(step, updates)` gives it."""
-    clipped = _clipped if clipped is None else clipped
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -1,6 +1,5 @@
 """Clips of the weights. Each changes the update, so that `optax.apply_updates` puts the weights where they belong."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,8 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._blocks import parts
-from optax_clip._clip_by_norm import norm_clip
 from optax_clip._landing import count_at_bound, count_zeros, entrywise, held, on_weights, pruned
-from optax_clip._norm_clips import with_ord
-from optax_clip._norms import unit_norm
+from optax_clip._norm_clips import unit_clip
 from optax_clip._reductions import pmax
 from optax_clip._thresholds import cast
 from optax_clip._values import check_bounds, first_step, next_step, pairs_at
@@ -142,8 +139,7 @@ def clip_weight_norm(
       `max_norm` constraint and, with `normalize`, `unit_norm`.
     """
     caller = "clip_weight_norm"
-    norm = functools.partial(with_ord(unit_norm, ord, axis_name, caller), axis=_checks.axis(axis, caller=caller))
-    clip = norm_clip(norm, max_norm, response, caller=caller, name="max_norm")
+    clip = unit_clip(max_norm, axis, ord, axis_name, response, caller=caller)
     return on_weights(clip.init, clip.update, caller=caller)
 
 

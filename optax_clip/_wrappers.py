@@ -66,7 +66,7 @@ def with_error_feedback(
       Elesedy, Hutter, U-Clip: on-average unbiased stochastic gradient clipping, 2023, arXiv 2302.02971.
     """
     caller = "with_error_feedback"
-    _check_clip(clip, caller)
+    _checks.transformation(clip, caller=caller, name="clip", example=f"{caller}(clip_by_global_norm(1.0))")
     if accumulator_dtype is not None:
         _checks.floating_dtype(accumulator_dtype, caller=caller, name="accumulator_dtype")
     update_inner = optax.with_extra_args_support(clip).update
@@ -190,10 +190,10 @@ def clip_randomly(
       (Appleby, 2011).
     """
     caller = "clip_randomly"
-    _check_clip(clip, caller)
+    _checks.transformation(clip, caller=caller, name="clip", example=f"{caller}(clip_by_global_norm(1.0), 0.5)")
     _checks.scalar(probability, caller=caller, name="probability", low=0.0, high=1.0, kinds=_checks.NUMBER)
     _checks.choice(per, caller=caller, name="per", choices=("element", "leaf"))
-    _key_data(seed)
+    _check_seed(seed)
     update_inner = optax.with_extra_args_support(clip).update
 
     def init_fn(params):
@@ -250,21 +250,26 @@ def _mixed(h: jax.Array) -> jax.Array:
 
 def _key_data(seed: Any) -> jax.Array:
     """The words of a threefry key, as an array that every checkpoint can hold."""
-    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and not seed.ndim:
+    if _is_key(seed):
         return jax.random.bits(seed, (2,), jnp.uint32)
-    if isinstance(seed, (jax.Array, np.ndarray)) and seed.dtype == jnp.uint32 and seed.shape == (2,):
+    if _is_words(seed):
         return jnp.asarray(seed)
-    kind = getattr(seed, "dtype", type(seed))
-    if isinstance(seed, bool) or jnp.shape(seed) != () or not jnp.issubdtype(kind, jnp.integer):
-        raise TypeError(
-            f"clip_randomly: seed must be an int or a key, got {type(seed).__name__}. Pass 0, or jax.random.key(0)."
-        )
     return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
-def _check_clip(clip: Any, caller: str) -> None:
-    if not _checks.is_transformation(clip):
+def _check_seed(seed: Any) -> None:
+    """Computes nothing: a construction must not start the devices."""
+    kind = getattr(seed, "dtype", type(seed))
+    is_int = not isinstance(seed, bool) and jnp.shape(seed) == () and jnp.issubdtype(kind, jnp.integer)
+    if not (is_int or _is_key(seed) or _is_words(seed)):
         raise TypeError(
-            f"{caller}: clip must be an Optax transformation, got {type(clip).__name__}. "
-            f"For example: {caller}(clip_by_global_norm(1.0){', 0.5' if caller == 'clip_randomly' else ''})."
+            f"clip_randomly: seed must be an int or a key, got {type(seed).__name__}. Pass 0, or jax.random.key(0)."
         )
+
+
+def _is_key(seed: Any) -> bool:
+    return isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and not seed.ndim
+
+
+def _is_words(seed: Any) -> bool:
+    return isinstance(seed, (jax.Array, np.ndarray)) and seed.dtype == jnp.uint32 and seed.shape == (2,)
