@@ -14,7 +14,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import optax_clip
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md", "docs/*/*.md"]).pytest()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Figures of what clips do, drawn by matplotlib: `pip install "optax_clip[plot]"`."""
+"""Figures of norms and of what clips do, drawn by matplotlib: `pip install "optax_clip[plot]"`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,101 +7,140 @@ import jax
 import numpy as np
 
 from optax_clip import _checks
-from optax_clip._choosing import Replay, replay
+from optax_clip._choosing import suggest_threshold
+from optax_clip._figures import one_axes, percent, thresholds
 from optax_clip._responses import normalize, shrink, smooth, tanh
 
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.patheffects import withStroke
-except ModuleNotFoundError as _error:
-    raise ImportError(
-        'optax_clip.plot: matplotlib is missing. Figures need it. Run pip install "optax_clip[plot]".'
-    ) from _error
+# The line before says what to install where there is no matplotlib.
+from matplotlib import colormaps  # isort: skip
+from matplotlib.axes import Axes  # isort: skip
+from matplotlib.colors import LogNorm  # isort: skip
 
-_MOST = 2000  # steps up to which all are drawn
-_BINS = 1000  # for lines: about as many as an axes has pixels across
-_MARKER_BINS = 250  # for markers, which are wider
-# Colors of Okabe and Ito, which color-blind readers can tell apart, with lines and markers that differ in print.
-_LOOKS: dict[str, dict[str, Any]] = {
-    "norm": {"color": "#666666", "linewidth": 0.6, "zorder": 2},
-    "clipped": {
-        "color": "#0072B2",
-        "linestyle": "none",
-        "marker": "o",
-        "markersize": 3.5,
-        "markerfacecolor": "white",
-        "markeredgewidth": 0.8,
-        "zorder": 3,
-    },
-    "threshold": {
-        "color": "#D55E00",
-        "linestyle": "--",
-        "linewidth": 1.6,
-        "path_effects": [withStroke(linewidth=3.2, foreground="white")],  # to be seen on what lies beneath
-        "zorder": 4,
-    },
-    "not finite": {
-        "color": "#CC79A7",
-        "linestyle": "none",
-        "marker": "v",
-        "markersize": 7,
-        "markeredgecolor": "black",
-        "zorder": 5,
-    },
-}
+__all__ = ["thresholds", "distribution", "leaf_norms", "responses"]
+
+_COLUMNS = 500  # of the heat map
+_LABELS = 40  # rows of the heat map that have a label
 
 
-def thresholds(norms: Any, clips: Mapping[str, Any], *, ax: Any = None) -> np.ndarray:
-    """Draws recorded norms with the threshold of each of several clips, and the steps it would have clipped.
+# Line styles that differ in print, over colors of Okabe and Ito.
+_CANDIDATES: list[dict[str, Any]] = [
+    {"color": "#D55E00", "linestyle": "--"},
+    {"color": "black", "linestyle": "-."},
+    {"color": "#009E73", "linestyle": ":"},
+    {"color": "#CC79A7", "linestyle": (0, (8, 2))},
+    {"color": "#E69F00", "linestyle": (0, (4, 1, 1, 1, 1, 1))},
+    {"color": "#0072B2", "linestyle": (0, (1, 3))},
+]
 
-    One axes a clip, side by side with the same limits; a step that is not finite is marked along the top edge. Logs of
-    more than 2000 steps are drawn by the smallest and largest value of each of at most 1000 equal spans of steps, and
-    of their clipped steps by the smallest and largest norm: no spike is lost.
+
+def distribution(norms: Any, candidates: Mapping[str, Any] | None = None, *, ax: Any = None) -> Axes:
+    """Draws how recorded norms are distributed, with candidate thresholds and the share of the norms above each.
+
+    A histogram over the logarithm of the norm. Counts are on a log scale too, so that a single spike is seen beside a
+    million usual steps. Zeros and norms that are not finite have no place on it: the title counts them.
 
     Args:
-      norms: [steps], real, >= 0, NaN and inf included, at least one: a list or an array.
-      clips: from a label to a norm clip, which `replay` runs on the norms, or to what `replay` returned for them.
-      ax: the axes to draw on, as many as clips; None for a new pyplot figure.
+      norms: [steps], real, >= 0, NaN and inf included, at least one finite and above 0: a list or an array.
+      candidates: from a label to a threshold, a number above 0; None for the one that `suggest_threshold` starts
+        with, and the 90th and 99th percentile.
+      ax: the axes to draw on; None for a new pyplot figure.
 
     Returns:
-      The axes, object[clips], in the order of the clips.
+      The axes.
 
     Raises:
-      ValueError: there are no norms or no clips, not as many axes as clips, or a `Replay` of another number of steps;
-        what `replay` raises.
+      ValueError: what `suggest_threshold` raises; a candidate is not above 0 or not finite.
       TypeError: an argument is of the wrong kind.
 
     Guarantees:
-      With axes given, nothing but these axes is touched: no window, no pyplot, no settings. Nothing is shown or saved.
+      As for `thresholds`.
 
     Example:
       >>> from matplotlib.figure import Figure
-      >>> ax = Figure().subplots(1, 2)
-      >>> clips = {"fixed": clip_by_global_norm(2.0), "adaptive": clip_by_sigma(window=2)}
-      >>> left, right = thresholds([1.0, 1.5, 4.0, 1.0], clips, ax=ax)
-      >>> print(left.get_title())
-      fixed
-      25 % clipped
+      >>> ax = distribution([1.0, 1.1, 0.9, 1.2, 9.0, 0.0], {"two": 2.0}, ax=Figure().subplots())
+      >>> print(ax.get_legend().get_texts()[0].get_text(), "|", ax.get_title())
+      two: 2, 17 % above | 6 norms, 1 of them 0
     """
-    replays = _replays(_checks.norms(norms, caller="thresholds"), clips)
-    if ax is None:
-        from matplotlib import pyplot
+    values = _checks.norms(norms, caller="distribution")
+    found = suggest_threshold(values)
+    if candidates is None:
+        share = dict(zip((50, 75, 90, 95, 99, 99.9), found.candidates))
+        candidates = {"suggested": found.threshold, "90th percentile": share[90], "99th percentile": share[99]}
+    _check_candidates(candidates)
+    ax = one_axes(ax, caller="distribution", size=(6.0, 3.6))
+    finite = values[np.isfinite(values)]
+    logs = np.log10(finite[finite > 0].astype(np.float64))
+    # Between 20 and 100 bins, over a range that is never empty.
+    low, high = logs.min() - 0.05, logs.max() + 0.05
+    bins = np.clip(len(np.histogram_bin_edges(logs, "fd")) - 1, 20, 100) if np.ptp(logs) else 20
+    edges = np.linspace(low, high, int(bins) + 1)
+    ax.hist(10**logs, 10**edges, color="0.75", edgecolor="0.4", linewidth=0.4)
+    for i, (label, candidate) in enumerate(candidates.items()):
+        text = f"{label}: {float(candidate):.3g}, {percent(np.mean(finite > candidate))} above"
+        ax.axvline(float(candidate), label=text, linewidth=1.8, **_CANDIDATES[i % len(_CANDIDATES)])
+    lost, zeros = values.size - finite.size, int(np.sum(finite == 0))
+    title = f"{values.size} norms" + (f", {zeros} of them 0" if zeros else "")
+    ax.set(xscale="log", yscale="log", xlabel="norm", ylabel="steps")
+    ax.set_ylim(bottom=0.5)
+    ax.set_title(title + (f", {lost} not finite" if lost else ""))
+    if candidates:
+        ax.legend(fontsize="small", loc="upper right")
+    return ax
 
-        size = (3.2 * len(clips) + 0.8, 3.6)
-        ax = pyplot.subplots(1, len(clips), sharey=True, squeeze=False, figsize=size, layout="constrained")[1]
-    ax = np.ravel(np.asarray(ax, dtype=object))
-    for one in ax:
-        _check_axes(one, caller="thresholds", example="ax=figure.subplots(1, 2)")
-    if len(ax) != len(clips):
-        raise ValueError(
-            f"thresholds: ax must hold an axes for each of {len(clips)} clips, got {len(ax)}. "
-            f"For example: ax=figure.subplots(1, {len(clips)})."
-        )
-    limits = _limits(list(replays.values()))
-    drawn = [_draw(one, label, seen, limits) for one, (label, seen) in zip(ax, replays.items())]
-    ax[0].set_ylabel("norm")
-    shown = [name for name in _LOOKS if any(len(lines[name].get_xdata()) for lines in drawn)]
-    ax[0].legend([drawn[0][name] for name in shown], shown, loc="lower center", ncols=2, fontsize="small")
+
+def leaf_norms(norms: Any, *, ax: Any = None) -> Axes:
+    """Draws the norms of leaves over the steps as a heat map: a row a leaf, a column a step, to find what explodes.
+
+    Colors are on a log scale, dark for small norms and light for large ones; white is 0. Norms that are not finite are
+    black, with a cross where a run of them begins. Logs of more than 500 steps are drawn by the largest norm of each of
+    at most 500 equal spans of steps, in which one that is not finite counts as the largest: no spike is lost.
+
+    Args:
+      norms: tree of f32[steps], all of one length >= 1: what `scan` makes of `leaf_norm(updates)`, or a dict of lists.
+        A path is the label of its row; None is left out.
+      ax: the axes to draw on; None for a new pyplot figure.
+
+    Returns:
+      The axes, with the scale of colors as an axes inside.
+
+    Raises:
+      ValueError: there is no leaf or no step, lengths differ, or a norm is negative.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      As for `thresholds`.
+
+    Example:
+      >>> from matplotlib.figure import Figure
+      >>> steps = jnp.arange(1.0, 5.0)[:, None]
+      >>> grads = {"w": jnp.ones((4, 3)) * steps, "b": jnp.ones((4, 2)) / steps}
+      >>> by_leaf = jax.lax.map(leaf_norm, grads)
+      >>> print([label.get_text() for label in leaf_norms(by_leaf, ax=Figure().subplots()).get_yticklabels()])
+      ['b', 'w']
+    """
+    rows = _rows(norms)
+    ax = one_axes(ax, caller="leaf_norms", size=(7.0, min(1.4 + 0.22 * len(rows), 12.0)))
+    steps = len(next(iter(rows.values())))
+    # Of each span, the largest; NaN counts as inf, so that it is drawn as not finite.
+    width = -(-steps // _COLUMNS)
+    values = np.where(np.isnan(list(rows.values())), np.inf, list(rows.values()))
+    values = np.maximum.reduceat(values, np.arange(0, steps, width), axis=1)
+    lost = ~np.isfinite(values)
+    drawn = values[~lost & (values > 0)]
+    low, high = (drawn.min(), drawn.max()) if drawn.size else (0.5, 2.0)
+    colors = colormaps["cividis"].with_extremes(bad="black", under="white")
+    scale = LogNorm(low, high if high > low else 2 * low)
+    edges = np.minimum(np.arange(values.shape[1] + 1) * width, steps) - 0.5
+    shown = np.ma.masked_where(lost, np.maximum(values, np.finfo(np.float64).tiny))
+    mesh = ax.pcolormesh(edges, np.arange(len(rows) + 1) - 0.5, shown, cmap=colors, norm=scale, rasterized=True)
+    row, column = np.nonzero(lost & ~np.roll(lost, 1, axis=1) | lost & (np.arange(values.shape[1]) == 0))
+    middle = (edges[:-1] + edges[1:]) / 2
+    ax.plot(middle[column], row, "x", color="white", markersize=4, label="not finite")
+    every = -(-len(rows) // _LABELS)
+    ax.set_yticks(range(0, len(rows), every), list(rows)[::every], fontsize="small")
+    ax.set(xlabel="step", ylim=(len(rows) - 0.5, -0.5), xlim=(edges[0], edges[-1]))
+    extend = "min" if (values == 0).any() else "neither"
+    ax.figure.colorbar(mesh, cax=ax.inset_axes((1.02, 0.0, 0.025, 1.0)), label="norm", extend=extend)
     return ax
 
 
@@ -137,11 +176,7 @@ def responses(*, ax: Any = None) -> Axes:
       >>> print(responses(ax=Figure().subplots()).get_xlabel())
       norm before, over threshold
     """
-    if ax is None:
-        from matplotlib import pyplot
-
-        ax = pyplot.subplots(figsize=(4.8, 3.4), layout="constrained")[1]
-    _check_axes(ax, caller="responses", example="ax=figure.subplots()")
+    ax = one_axes(ax, caller="responses", size=(4.8, 3.4))
     before = np.geomspace(1e-2, 1e2, 401, dtype=np.float32)
     for response, look in _RESPONSES.items():
         after = before * np.asarray(response(jax.numpy.asarray(before), jax.numpy.float32(1.0)))
@@ -152,100 +187,38 @@ def responses(*, ax: Any = None) -> Axes:
     return ax
 
 
-def _check_axes(ax: Any, *, caller: str, example: str) -> None:
-    if not isinstance(ax, Axes):
-        raise TypeError(f"{caller}: ax must be axes of matplotlib, got {type(ax).__name__}. For example: {example}.")
-
-
-def _replays(norms: np.ndarray, clips: Any) -> dict[Any, Replay]:
-    """What each clip would have done, as vectors of NumPy."""
-    if not isinstance(clips, Mapping):
+def _check_candidates(candidates: Any) -> None:
+    if not isinstance(candidates, Mapping):
         raise TypeError(
-            f"thresholds: clips must map labels to norm clips, got {type(clips).__name__}. "
-            'For example: {"zclip": zclip()}.'
+            f"distribution: candidates must map labels to thresholds, got {type(candidates).__name__}. "
+            'For example: {"mine": 1.0}.'
         )
-    if not clips:
-        raise ValueError('thresholds: clips is empty. At least one is required. For example: {"zclip": zclip()}.')
-    if not norms.size:
-        raise ValueError("thresholds: norms is empty. At least one is required. Record them with clip_metrics.")
-    found = {}
-    for label, given in clips.items():
-        if not isinstance(given, Replay) and not _checks.is_transformation(given):
+    for label, candidate in candidates.items():
+        if isinstance(candidate, bool | str) or not hasattr(candidate, "__float__") or np.ndim(candidate):
             raise TypeError(
-                f"thresholds: clips must map labels to norm clips, got {type(given).__name__} for {label!r}. "
-                'For example: {"zclip": zclip()}.'
+                f"distribution: candidates[{label!r}] must be a number, got {type(candidate).__name__}. "
+                'For example: {"mine": 1.0}.'
             )
-        seen = jax.tree.map(np.asarray, given if isinstance(given, Replay) else replay(given, norms))
-        if seen.norm.shape != norms.shape:
+        if not 0 < float(candidate) < np.inf:
             raise ValueError(
-                f"thresholds: the Replay for {label!r} must have an entry for each of {norms.size} norms, got shape "
-                f"{seen.norm.shape}. Replay the clip on the same norms."
+                f"distribution: candidates[{label!r}] must be above 0 and finite, got {float(candidate):g}. "
+                "A line needs a place on the axis of norms."
             )
-        found[label] = seen
-    return found
 
 
-def _draw(ax: Axes, label: Any, seen: Any, limits: tuple[float, float]) -> dict[str, Any]:
-    """Draws one clip, and returns its lines by name."""
-    finite = np.isfinite(seen.norm)
-    everywhere = np.ones(finite.size, bool)
-    drawn = {  # indices of the steps, and values at all steps
-        "norm": (_extremes(seen.norm, finite, _BINS), seen.norm),
-        "clipped": (_extremes(seen.norm, seen.clipped, _MARKER_BINS), seen.norm),
-        # inf, where nothing can be clipped, breaks the line; NaN, where a step is not finite, does not
-        "threshold": (_extremes(seen.threshold, ~np.isnan(seen.threshold), _BINS), seen.threshold),
-        "not finite": (_extremes(everywhere, ~finite, _MARKER_BINS), 0.96 * everywhere),
-    }
-    lines: dict[str, Any] = {}
-    for name, (steps, values) in drawn.items():
-        look: dict[str, Any] = _LOOKS[name]
-        if len(steps) == 1:  # a line through one point would not be seen
-            look = look if "marker" in look else look | {"marker": "."}
-        if name == "not finite":  # at a height of the axes, not of the data
-            look = look | {"transform": ax.get_xaxis_transform()}
-        (lines[name],) = ax.plot(steps, values[steps], **look)
-    # Limits before the scale: matplotlib would look for its own, and warn where no norm is above 0.
-    ax.set(ylim=limits, yscale="log", xlim=_margin(0, len(seen.norm) - 1), xlabel="step")
-    ax.locator_params(axis="x", nbins=5)
-    ax.set_title(f"{label}\n{_percent(seen.clipped.sum() / max(finite.sum(), 1))} clipped")
-    return lines
-
-
-def _extremes(values: np.ndarray, where: np.ndarray, bins: int) -> np.ndarray:
-    """Indices to draw: all of `where`, or in a long log those of the smallest and largest value of each bin."""
-    if values.size <= _MOST:
-        return np.flatnonzero(where)
-    width = -(-values.size // bins)
-    padded = np.full(-(-values.size // width) * width, np.nan)
-    padded[: values.size] = np.where(where, values, np.nan)
-    rows = padded.reshape(-1, width)
-    missing = np.isnan(rows)
-    columns = [np.where(missing, np.inf, rows).argmin(axis=1), np.where(missing, -np.inf, rows).argmax(axis=1)]
-    steps = np.unique(np.concatenate(columns + np.arange(len(rows)) * width))
-    return steps[~np.isnan(padded[steps])]
-
-
-def _limits(replays: list[Any]) -> tuple[float, float]:
-    """Limits for all norms, and for the thresholds as far as three decades from them, with room for the legend."""
-    inside = lambda values: values[np.isfinite(values) & (values > 0)].astype(np.float64)
-    norms = inside(np.concatenate([seen.norm for seen in replays]))
-    bounds = inside(np.concatenate([seen.threshold for seen in replays]))
-    if norms.size:
-        bounds = np.clip(bounds, norms.min() / 1e3, norms.max() * 1e3)
-    both = np.log10(np.concatenate([norms, bounds])) if norms.size or bounds.size else np.zeros(1)
-    low, high = both.min(), both.max()
-    span = max(high - low, 0.5)
-    return float(10 ** (low - 0.25 * span)), float(10 ** (high + 0.15 * span))
-
-
-def _margin(low: float, high: float) -> tuple[float, float]:
-    margin = 0.02 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _percent(share: float) -> str:
-    """A share in percent, of which 0 and 100 mean none and all."""
-    percent = 100 * float(share)
-    if percent in (0, 100):
-        return f"{percent:.0f} %"
-    return f"{percent:.2g} %" if percent < 99 else f"{min(percent, 99.99):.2f} %"
+def _rows(norms: Any) -> dict[str, np.ndarray]:
+    """The norms of each leaf as a vector in f64, by its path."""
+    is_row = lambda x: (
+        isinstance(x, list | tuple) and all(hasattr(entry, "__float__") and np.ndim(entry) == 0 for entry in x)
+    )
+    rows = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(norms, is_leaf=is_row):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "norm"
+        rows[name] = _checks.norms(leaf, caller=f"leaf_norms: {name}")
+    lengths = {len(row) for row in rows.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"leaf_norms: norms must hold leaves of one length >= 1, got {len(rows)} leaves of lengths "
+            f"{sorted(lengths)}. Pass what scan stacks of leaf_norm(updates)."
+        )
+    return rows

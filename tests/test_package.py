@@ -12,6 +12,7 @@ import types
 import pytest
 
 import optax_clip
+import optax_clip.plot
 
 FOLDER = pathlib.Path(optax_clip.__file__).parent
 # A module imports only modules before it.
@@ -36,6 +37,7 @@ ORDER = [
     "_wrappers",
     "_metrics",
     "_choosing",
+    "_figures",
     "plot",
     "__main__",
 ]
@@ -110,8 +112,20 @@ def test_imports_point_up_the_list(module):
 def test_dependencies(module):
     """At run time the package needs jax, numpy, optax and the standard library; figures need matplotlib."""
     allowed = {"jax", "jaxlib", "numpy", "optax", "optax_clip"} | sys.stdlib_module_names
-    allowed |= {"matplotlib"} if module in ("plot", "__main__") else set()
+    allowed |= {"matplotlib"} if module in ("_figures", "plot", "__main__") else set()
     assert {package for package, _ in imports(module)} <= allowed
+
+
+# Documentation
+
+
+def test_every_public_name_is_on_one_page_of_the_api():
+    """The pages of the API list what is public, each name once, and nothing else."""
+    pages = [path.read_text() for path in (FOLDER.parent / "docs/api").glob("*.md")]
+    listed = [
+        name for page in pages for name in re.findall(r"^\.\. auto(?:function|class):: (\w+)", page, re.MULTILINE)
+    ]
+    assert sorted(listed) == sorted([*optax_clip.__all__, *optax_clip.plot.__all__])
 
 
 # Docstrings

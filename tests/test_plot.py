@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import optax_clip as oc
-from optax_clip import plot
+from optax_clip import _figures, plot
 
 ROOT = pathlib.Path(oc.__file__).parents[1]
 CLIPS = {
@@ -110,7 +110,7 @@ def test_title_has_the_clip_rate(bound, title):
 )
 def test_rates_near_none_and_all(share, shown):
     """Only a share of exactly 0 or 1 reads as 0 or 100 percent."""
-    assert plot._percent(share) == shown
+    assert _figures.percent(share) == shown
 
 
 def test_looks_differ_without_color():
@@ -163,7 +163,7 @@ def test_extremes_of_any_length(steps):
     """Each bin gives its smallest and largest value; short logs, and logs of nothing, are drawn as they are."""
     values = np.random.default_rng(steps).permutation(steps).astype(float)
     where = values % 3 != 0
-    chosen = plot._extremes(values, where, 100)
+    chosen = _figures._extremes(values, where, 100)
     assert where[chosen].all()
     if steps <= 2000:
         np.testing.assert_array_equal(chosen, np.flatnonzero(where))
@@ -172,7 +172,7 @@ def test_extremes_of_any_length(steps):
         for start in range(0, steps, width):
             inside = np.where(where, values, NAN)[start : start + width]
             assert {start + np.nanargmin(inside), start + np.nanargmax(inside)} <= set(chosen)
-    assert plot._extremes(values, np.zeros(steps, bool), 100).size == 0
+    assert _figures._extremes(values, np.zeros(steps, bool), 100).size == 0
 
 
 @pytest.mark.parametrize(
@@ -309,3 +309,167 @@ def test_responses_make_a_figure_where_none_is_given():
     plt.close(ax.figure)
     with pytest.raises(TypeError, match=r"responses: ax must be axes of matplotlib, got list.*ax=figure\.subplots"):
         plot.responses(ax=[ax])
+
+
+# Distribution
+
+
+def test_distribution_counts_all_norms_above_zero():
+    """The bars hold every finite norm above 0 once, log in both axes; the title counts the others."""
+    norms = np.append(stream(), [0.0, 0.0])
+    ax = plot.distribution(norms, ax=Figure().subplots())
+    assert sum(bar.get_height() for bar in ax.patches) == np.isfinite(norms).sum() - 2
+    assert ax.get_title() == "502 norms, 2 of them 0, 5 not finite"
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "log", "norm", "steps")
+    low, high = ax.get_xlim()
+    assert low < stream()[np.isfinite(stream())].min() and high > 100
+    assert ax.get_ylim()[0] < 1  # a bar of one step is seen
+    assert len(render(ax)) > 3000
+
+
+def test_distribution_has_a_line_for_each_candidate():
+    """A line stands at each candidate, with its label and the share of finite norms above it; styles differ."""
+    candidates = {f"c{i}": np.float32(0.5 + i / 4) for i in range(6)}
+    ax = plot.distribution(stream(), candidates, ax=Figure().subplots())
+    lines = ax.get_lines()
+    assert [line.get_xdata()[0] for line in lines] == list(candidates.values())
+    finite = stream()[np.isfinite(stream())]
+    for text, (label, value) in zip(ax.get_legend().get_texts(), candidates.items(), strict=True):
+        assert text.get_text() == f"{label}: {value:.3g}, {_figures.percent(np.mean(finite > value))} above"
+    assert len({line._unscaled_dash_pattern for line in map(_hashable, lines)}) == 6
+    assert {to_hex(line.get_color()) for line in lines} <= OKABE_ITO
+
+
+def _hashable(line):
+    offset, dashes = line._unscaled_dash_pattern
+    line._unscaled_dash_pattern = (offset, tuple(dashes or ()))
+    return line
+
+
+def test_distribution_suggests_candidates():
+    """Without candidates there are the suggested threshold and two percentiles; with none there is no legend."""
+    found = oc.suggest_threshold(stream())
+    ax = plot.distribution(stream(), ax=Figure().subplots())
+    drawn = {line.get_label().split(":")[0]: line.get_xdata()[0] for line in ax.get_lines()}
+    assert drawn == {
+        "suggested": found.threshold,
+        "90th percentile": found.candidates[2],
+        "99th percentile": found.candidates[4],
+    }
+    assert plot.distribution(stream(), {}, ax=Figure().subplots()).get_legend() is None
+
+
+@pytest.mark.parametrize("norms", [[1.0], [1.0, 1.0], [1e-38, 3e38], [NAN, 2.0], np.ones(5000)], ids=len)
+def test_odd_distributions_render(norms):
+    """One norm, equal norms and norms over the whole range of f32 can be drawn."""
+    assert len(render(plot.distribution(norms, ax=Figure().subplots()))) > 1000
+
+
+# Norms by leaf
+
+
+def cells(ax: Axes) -> np.ndarray:
+    """What the heat map shows, NaN where norms are not finite."""
+    (mesh,) = ax.collections
+    return np.ma.filled(mesh.get_array(), NAN)
+
+
+def test_leaf_norms_are_the_rows():
+    """Each leaf is a row in the order of the tree, named by its path, each step a column."""
+    tree = {"w": [{"kernel": np.array([1.0, 2.0, 3.0])}, None], "b": [4.0, 5.0, 6.0], "c": (7, 8, 9)}
+    ax = plot.leaf_norms(tree, ax=Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "c", "w/0/kernel"]
+    np.testing.assert_array_equal(cells(ax), [[4, 5, 6], [7, 8, 9], [1, 2, 3]])
+    assert ax.get_ylim() == (2.5, -0.5) and ax.get_xlim() == (-0.5, 2.5) and ax.get_xlabel() == "step"
+    (scale,) = ax.child_axes
+    assert scale.get_ylabel() == "norm" and scale.get_yscale() == "log"
+    assert len(render(ax)) > 1000
+
+
+def test_leaf_norms_of_a_scan():
+    """What scan stacks of `leaf_norm` can be drawn as it is."""
+    gradients = {"w": np.arange(1.0, 9.0).reshape(4, 2), "b": np.ones((4, 3))}
+    ax = plot.leaf_norms(jax.lax.map(oc.leaf_norm, gradients), ax=Figure().subplots())
+    np.testing.assert_allclose(cells(ax)[1], np.linalg.norm(gradients["w"], axis=1), rtol=1e-6)
+
+
+def test_leaf_norms_of_zero_and_not_finite_are_seen():
+    """Zero is white, a norm that is not finite black with a cross, and what is large is lighter than what is small."""
+    tree = {"a": [0.0, NAN, INF, 1.0], "b": [1.0, 10.0, NAN, 1e3]}
+    ax = plot.leaf_norms(tree, ax=Figure().subplots())
+    (mesh,) = ax.collections
+    colors = mesh.to_rgba(mesh.get_array())[..., :3]
+    assert (colors[0, 0] == 1).all() and (colors[0, 1:3] == 0).all() and (colors[1, 2] == 0).all()
+    gray = colors @ [0.299, 0.587, 0.114]
+    assert gray[1, 0] < gray[1, 1] < gray[1, 3] < 0.95
+    x, y = points(ax.get_lines()[0])
+    assert list(zip(x, y)) == [(1, 0), (2, 1)]  # where runs begin
+
+
+@pytest.mark.parametrize("spike", [0, 777, 99_999])
+def test_long_logs_of_leaves_keep_every_spike(spike):
+    """Of 100 000 steps at most 500 columns are drawn, with the largest norm of each."""
+    norms = np.ones(100_000)
+    norms[spike], norms[50_000] = 1000.0, NAN
+    ax = plot.leaf_norms({"a": norms, "b": np.ones(100_000)}, ax=Figure().subplots())
+    shown = cells(ax)
+    assert shown.shape[1] <= 500 and shown[0].tolist().count(1000.0) == 1 and np.isnan(shown[0]).sum() == 1
+    edges = ax.collections[0].get_coordinates()[0, :, 0]
+    at = int(np.nanargmax(shown[0]))
+    assert edges[at] <= spike <= edges[at + 1]
+
+
+def test_many_leaves_have_some_labels():
+    """Of 1000 leaves some are named, and all are drawn."""
+    ax = plot.leaf_norms({f"{i:03d}": [1.0, 2.0] for i in range(1000)}, ax=Figure().subplots())
+    assert cells(ax).shape == (1000, 2) and 20 <= len(ax.get_yticklabels()) <= 40
+    assert ax.get_yticklabels()[1].get_text() == "025"
+
+
+@pytest.mark.parametrize("tree", [{"a": [0.0, 0.0]}, {"a": [NAN]}, np.ones(3)], ids=["zero", "NaN", "array"])
+def test_odd_norms_of_leaves_render(tree):
+    """Logs without a finite norm above 0 can be drawn, and a tree that is one leaf."""
+    assert len(render(plot.leaf_norms(tree, ax=Figure().subplots()))) > 1000
+
+
+@pytest.mark.parametrize("draw", [plot.distribution, lambda x: plot.leaf_norms({"a": x})], ids=["norms", "leaves"])
+def test_figures_of_norms_are_new_where_none_is_given(draw):
+    """Without axes there is one new pyplot figure, and settings stay as they were."""
+    plt.switch_backend("agg")
+    before, open_before = dict(matplotlib.rcParams.copy()), set(plt.get_fignums())
+    ax = draw([1.0, 2.0])
+    (new,) = set(plt.get_fignums()) - open_before
+    assert ax.figure.number == new and dict(matplotlib.rcParams.copy()) == before
+    assert render(ax).startswith(b"\x89PNG")
+    plt.close(new)
+
+
+BAD_NORMS = {
+    "no norm": (plot.distribution, ([NAN],), ValueError, "suggest_threshold: norms has no finite number above 0"),
+    "matrix": (plot.distribution, ([[1.0]],), ValueError, "distribution: norms must be a vector"),
+    "candidates": (plot.distribution, ([1.0], [2.0]), TypeError, "distribution: candidates must map labels.*got list"),
+    "zero": (
+        plot.distribution,
+        ([1.0], {"a": 0.0}),
+        ValueError,
+        r"candidates\['a'\] must be above 0 and finite, got 0",
+    ),
+    "text": (plot.distribution, ([1.0], {"a": "b"}), TypeError, r"candidates\['a'\] must be a number, got str"),
+    "no leaf": (plot.leaf_norms, ({},), ValueError, "leaf_norms: norms must hold leaves of one length.*0 leaves"),
+    "lengths": (plot.leaf_norms, ({"a": [1.0], "b": [1.0, 2.0]},), ValueError, r"2 leaves of lengths \[1, 2\]"),
+    "no step": (plot.leaf_norms, ({"a": []},), ValueError, r"1 leaves of lengths \[0\]"),
+    "negative": (plot.leaf_norms, ({"a": {"b": [-1.0]}},), ValueError, "leaf_norms: a/b: norms must be >= 0"),
+    "scalar": (plot.leaf_norms, ({"a": 1.0},), ValueError, "leaf_norms: a: norms must be a vector"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NORMS)
+def test_error_messages_of_norms(case):
+    """Wrong norms and candidates are refused before anything is drawn, and axes that are none."""
+    draw, args, error, text = BAD_NORMS[case]
+    ax = Figure().subplots()
+    with pytest.raises(error, match=rf"{text}.*\. \w.*\.$"):
+        draw(*args, ax=ax)
+    assert not ax.has_data()
+    with pytest.raises(TypeError, match="ax must be axes of matplotlib, got str"):
+        draw([1.0], ax="axes")

@@ -1,0 +1,78 @@
+"""Settings of the documentation, which `scripts/docs` builds."""
+
+import pathlib
+import re
+import shutil
+
+import optax_clip
+
+DOCS = pathlib.Path(__file__).parent
+
+# Sphinx reads only what is below its own folder.
+shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
+shutil.copytree(DOCS.parent / "notebooks", DOCS / "notebooks", ignore=shutil.ignore_patterns(".*"))
+
+project = "optax_clip"
+author = "The optax_clip authors"
+copyright = f"2026, {author}"
+release = optax_clip.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a network
+    "sphinx_copybutton",
+]
+root_doc = "index"
+exclude_patterns = ["_build"]
+
+html_theme = "sphinx_book_theme"
+html_title = "optax_clip"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_context = {"default_mode": "auto"}
+html_theme_options = {"show_toc_level": 2, "show_navbar_depth": 1, "home_page_in_toc": True, "navbar_persistent": []}
+
+html_show_sourcelink = False
+
+nb_execution_mode = "off"  # shown with the outputs that are kept; scripts/test runs them
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+napoleon_google_docstring = True
+napoleon_custom_sections = ["Guarantees"]
+default_role = "py:obj"  # a name in single backticks is a link where it is one of ours, and code elsewhere
+autodoc_typehints = "none"  # docstrings say types, shapes and dtypes
+autodoc_member_order = "bysource"
+
+
+def _lines_of_formulas(app, what, name, obj, options, lines):
+    """Keeps formulas, in the paragraphs before the first section, as they are: a line in the source is one here."""
+    end = next((i for i, line in enumerate(lines) if re.fullmatch(r"\w+:", line)), len(lines))
+    start = 0
+    for i in [*(i for i in range(end) if not lines[i].strip()), end]:
+        paragraph = lines[start:i]
+        if any(re.search(r"←|\S = |≤", line) for line in paragraph) and start:
+            # A line block takes what it holds as text with markup, so that names in backticks are links here too.
+            lines[start:i] = ["| " + re.sub(r"([*|\\])", r"\\\1", line) for line in paragraph]
+        start = i + 1
+
+
+def _returns_without_type(app, what, name, obj, options, lines):
+    """Says that what stands before the first colon of Returns is no type."""
+    if "Returns:" in lines:
+        after = lines.index("Returns:") + 1
+        lines[after] = re.sub(r"^( *)", r"\1: ", lines[after])
+
+
+def _links_between_folders(app, docname, source):
+    """Links that lead from docs/ to notebooks/ and back on disk, to where the copies of notebooks are."""
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _lines_of_formulas, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", _returns_without_type, priority=100)
+    app.connect("source-read", _links_between_folders)
