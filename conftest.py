@@ -14,7 +14,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import optax_clip
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md", "docs/*/*.md"]).pytest()
+PAGES = ["README.md", "docs/*.md", "docs/*/*.md"]  # `**` is one folder in these patterns
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=PAGES).pytest()
 
 
 @pytest.fixture(autouse=True)

@@ -35,8 +35,8 @@ def broadcast(prefix: Any, tree: Any, *, caller: str, name: str, is_leaf: Callab
         )
     except ValueError as error:
         raise ValueError(
-            f"{caller}: {name} does not fit the updates: {error}. "
-            "It must be one value or a prefix of the tree of updates."
+            f"{caller}: {name} does not fit the updates: {str(error).rstrip('.')}. "
+            "It must be one value or a prefix of the tree of updates, of the same containers."
         ) from None
     return entries
 

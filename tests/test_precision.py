@@ -1,4 +1,4 @@
-"""Training in low precision: the recipes of the README with several clips, on a small regression."""
+"""Training in low precision: the recipes of the documentation with several clips, on a small regression."""
 
 import functools
 
