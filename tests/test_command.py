@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import optax_clip as oc
 from optax_clip import __main__ as command
 
-ROOT = pathlib.Path(oc.__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[1]
 NAN, INF = float("nan"), float("inf")
 
 

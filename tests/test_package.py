@@ -14,7 +14,8 @@ import pytest
 import optax_clip
 import optax_clip.plot
 
-FOLDER = pathlib.Path(optax_clip.__file__).parent
+FOLDER = pathlib.Path(optax_clip.__file__).parent  # of the package, wherever it is installed
+ROOT = pathlib.Path(__file__).parents[1]
 # A module imports only modules before it.
 ORDER = [
     "_checks",
@@ -121,7 +122,7 @@ def test_dependencies(module):
 
 def test_every_public_name_is_on_one_page_of_the_api():
     """The pages of the API list what is public, each name once, and nothing else."""
-    pages = [path.read_text() for path in (FOLDER.parent / "docs/api").glob("*.md")]
+    pages = [path.read_text() for path in (ROOT / "docs/api").glob("*.md")]
     listed = [
         name for page in pages for name in re.findall(r"^\.\. auto(?:function|class):: (\w+)", page, re.MULTILINE)
     ]
@@ -184,9 +185,7 @@ def test_fields_of_states_are_described(name):
 def test_import_leaves_figures_alone():
     """The package does not import its plots, nor matplotlib."""
     program = "import sys, optax_clip; print({'matplotlib', 'optax_clip.plot'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=FOLDER.parent
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"
 
 
@@ -203,9 +202,7 @@ print((time.process_time() - between) / (between - start))
     # About 20 ms against 500. A share of the same process, since a busy machine slows down both.
     shares = []
     while len(shares) < 5 and min(shares, default=1.0) > 0.1:
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=FOLDER.parent
-        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
         shares.append(float(done.stdout))
     assert min(shares) < 0.1
 
@@ -214,23 +211,18 @@ print((time.process_time() - between) / (between - start))
 
 
 def test_continuous_integration_runs_what_the_readme_says():
-    """The workflow, `.ci/run` and `scripts/check` all run `scripts/test`, and the version to cite is the package's."""
-    root = FOLDER.parent
-    if not (root / ".ci").is_dir():
-        pytest.skip("not a checkout")
-    assert "run: .ci/run" in (root / ".github/workflows/ci.yml").read_text()
-    assert "exec scripts/test" in (root / ".ci/run").read_text()
-    assert "exec scripts/test" in (root / "scripts/check").read_text()
-    assert f"version: {optax_clip.__version__}" in (root / "CITATION.cff").read_text()
+    """`.ci/run` and `scripts/check` run tests and documentation; the version to cite is the package's."""
+    assert "run: .ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
+    for script in (".ci/run", "scripts/check"):
+        assert re.search(r"^(exec )?scripts/test", (ROOT / script).read_text(), re.MULTILINE)
+        assert re.search(r"^(exec )?scripts/docs", (ROOT / script).read_text(), re.MULTILINE)
+    assert f"version: {optax_clip.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_files_that_contributing_names_exist():
     """`CONTRIBUTING.md` points at nothing that is not there."""
-    root = FOLDER.parent
-    if not (root / "CONTRIBUTING.md").is_file():
-        pytest.skip("not a checkout")
     named = set(
-        re.findall(r"`((?:optax_clip|tests|scripts|\.ci|benchmarks)/[\w./]*)`", (root / "CONTRIBUTING.md").read_text())
+        re.findall(r"`((?:optax_clip|tests|scripts|\.ci|benchmarks)/[\w./]*)`", (ROOT / "CONTRIBUTING.md").read_text())
     )
     assert len(named) > 8
-    assert all((root / name).exists() for name in named)
+    assert all((ROOT / name).exists() for name in named)

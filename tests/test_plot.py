@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import optax_clip as oc
 from optax_clip import _figures, plot
 
-ROOT = pathlib.Path(oc.__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[1]
 CLIPS = {
     "fixed": oc.clip_by_global_norm(1.5),
     "zclip": oc.zclip(),
