@@ -235,9 +235,9 @@ def _hashes(x: jax.Array, words: tuple) -> jax.Array:
     *outer, last = x.shape or (1,)
     for axis in range(len(outer)):
         row = _mixed(row + jax.lax.broadcasted_iota(jnp.uint32, (*outer, 1), axis))
-    row = row if outer else row.reshape(x.shape and (1,))
     # A stride for each row, or rows would be windows of one sequence.
-    column = jax.lax.iota(jnp.uint32, last).reshape(x.shape[-1:]) * (_mixed(row + words[1]) * 2 + 1)
+    column = jax.lax.iota(jnp.uint32, last).reshape((1,) * len(outer) + x.shape[-1:])
+    column = column * (_mixed(row + words[1]) * 2 + 1)
     # Nothing is added but the sharding of the leaf.
     return _mixed(row + column + jnp.where(False, x, 0).real.astype(jnp.uint32))
 

@@ -422,6 +422,16 @@ def test_updates_that_are_none_keep_their_carry():
 
 
 @wrapped
+def test_strict_promotion(wrap):
+    """No wrapper relies on promotion of dtypes or ranks, for leaves of every rank and dtype."""
+    updates, tx = {**trees.mixed(0), "deep": jnp.ones((2, 3, 4, 5))}, WRAPPED[wrap](oc.clip(0.5))
+    expected, _ = tx.update(updates, tx.init(updates))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        actual, _ = tx.update(updates, tx.init(updates))
+    chex.assert_trees_all_equal(actual, expected)
+
+
+@wrapped
 def test_in_chains_masks_and_multi_steps(wrap):
     """In a chain with AdamW, under a mask and in `MultiSteps`, and with params for the inner clip."""
     clip = lambda: WRAPPED[wrap](oc.adaptive_grad_clip(0.1))

@@ -1,0 +1,114 @@
+"""Long runs: statistics stay those of float64, counters saturate, and nothing grows.
+
+A million steps in the long profile (`scripts/test --long`), twenty thousand in the normal one.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import optax_clip as oc
+
+STEPS = 1_000_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 20_000
+LARGEST = 2**31 - 1
+
+
+def one_block(rule):
+    """A rule for a vector of blocks on a single one."""
+    return lambda norm: rule(np.array([norm]))[0]
+
+
+RULES = {
+    "autoclip": (lambda: oc.autoclip(90.0, 64), lambda: reference.Autoclip(90.0, 64)),
+    "zclip": (oc.zclip, reference.Zclip),
+    "clip_by_sigma": (oc.clip_by_sigma, reference.ClipBySigma),
+    "adagc": (lambda: oc.adagc(norm=oc.global_norm), lambda: one_block(reference.Adagc(1))),
+}
+SKIPPING = {
+    "skip_spikes": lambda: oc.skip_spikes(optax.identity(), oc.z_score()),
+    "skip_spikes, fixed": lambda: oc.skip_spikes(optax.identity(), 3.0),
+}
+
+
+@functools.cache
+def norms() -> np.ndarray:
+    """Norms with a tail of infinite variance over a level that wanders through decades; some are 0, NaN or inf."""
+    random = np.random.default_rng(0)
+    level = 10 ** np.clip(np.cumsum(random.normal(0.0, 2e-3, STEPS)), -3, 3)
+    values = (level * (0.1 + random.pareto(1.5, STEPS))).astype(np.float32)
+    values[random.choice(STEPS, 30, replace=False)] = np.repeat([0.0, np.nan, np.inf], 10)
+    return values
+
+
+def run(tx, values):
+    """The last state, and the threshold and clip rate of each step."""
+
+    def step(state, norm):
+        _, state = tx.update(norm, state)
+        return state, (state.threshold, state.clip_rate)
+
+    return jax.jit(lambda values: jax.lax.scan(step, tx.init(jnp.zeros([])), values))(values)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_statistics_stay_those_of_float64(name):
+    """Every threshold of the run is within 1e-3 of the reference in float64, and the state stays finite."""
+    clip, rule = RULES[name]
+    state, (thresholds, clip_rates) = run(clip(), norms())
+    expected = np.array(list(map(rule(), norms().astype(np.float64))))
+    np.testing.assert_allclose(thresholds, expected, rtol=1e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.rule))
+    above = np.isfinite(norms()) & (norms() > expected)
+    assert abs(clip_rates[-1] - above.mean()) <= 1e-3 * above.mean()
+    assert state.step == STEPS
+
+
+def is_counter(path, x) -> bool:
+    """Of integers, those that a window bounds are no counters."""
+    return jnp.issubdtype(x.dtype, jnp.integer) and not {"next", "filled"} & {getattr(key, "name", "") for key in path}
+
+
+def saturated(state):
+    """The state with every counter at the largest i32."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full_like(x, LARGEST) if is_counter(path, x) else x, state
+    )
+
+
+@pytest.mark.parametrize("name", [*RULES, *SKIPPING])
+def test_counters_saturate(name):
+    """At the largest i32 counters stay there, and the clip goes on as before."""
+    tx = RULES[name][0]() if name in RULES else SKIPPING[name]()
+    update = jax.jit(tx.update)
+    state = tx.init(jnp.zeros([]))
+    for norm in np.float32([1.0, 1.2, 0.8] * 50):
+        _, state = update(norm, state)
+    late = saturated(state)
+    for norm in np.float32([1.1, np.nan, 1000.0, 0.9, 1e4]):
+        updates, state = update(norm, state)
+        late_updates, late = update(norm, late)
+        np.testing.assert_allclose(late_updates, updates, rtol=1e-5)
+        # Those in a row start anew; all others stay.
+        counters = [x for path, x in jax.tree_util.tree_leaves_with_path(late) if is_counter(path, x)]
+        assert counters and all(x >= 0 for x in counters) and sum(x == LARGEST for x in counters) >= len(counters) - 1
+    assert all(0 <= value <= 1 for key, value in oc.clip_metrics(late).items() if "rate" in key)
+
+
+@pytest.mark.parametrize("name", [*RULES, *SKIPPING])
+def test_nothing_grows(name):
+    """A thousand steps, called one by one, compile once and leave as many arrays alive as one step."""
+    tx = RULES[name][0]() if name in RULES else SKIPPING[name]()
+    update = jax.jit(tx.update, donate_argnums=1)
+    state = tx.init(jnp.zeros([]))
+    alive = []
+    for norm in norms()[:1000]:
+        _, state = update(norm, state)
+        alive.append(len(jax.live_arrays()))
+    assert update._cache_size() == 1
+    assert max(alive) == alive[0]
