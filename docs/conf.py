@@ -4,6 +4,9 @@ import pathlib
 import re
 import shutil
 
+from docutils import nodes
+from sphinx import addnodes
+
 import optax_clip
 
 DOCS = pathlib.Path(__file__).parent
@@ -44,6 +47,8 @@ myst_heading_anchors = 3
 napoleon_google_docstring = True
 napoleon_custom_sections = ["Guarantees"]
 default_role = "py:obj"  # a name in single backticks is a link where it is one of ours, and code elsewhere
+nitpicky = True  # a name of ours that does not exist is a warning, which fails the build
+nitpick_ignore_regex = [("py:.*", r"(?!optax_clip\.).*")]
 autodoc_typehints = "none"  # docstrings say types, shapes and dtypes
 autodoc_member_order = "bysource"
 
@@ -72,7 +77,24 @@ def _links_between_folders(app, docname, source):
     source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
 
 
+def _calls_are_links(app, doctree):
+    """Links calls such as `zclip()` to the API, in tables and text."""
+    for literal in list(doctree.findall(nodes.literal)):
+        name = re.match(r"\w*", literal.astext())[0]
+        is_call = literal.astext()[len(name) :].startswith("(") or name != "clip"  # `clip` alone may be any clip
+        if (
+            name in optax_clip.__all__
+            and is_call
+            and not isinstance(literal.parent, nodes.reference | addnodes.pending_xref)
+        ):
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": f"optax_clip.{name}", "refwarn": True}
+            link = addnodes.pending_xref("", refdoc=app.env.docname, refexplicit=True, **target)
+            literal.replace_self(link)
+            link += literal
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _lines_of_formulas, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", _returns_without_type, priority=100)
+    app.connect("doctree-read", _calls_are_links)
     app.connect("source-read", _links_between_folders)

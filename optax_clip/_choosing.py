@@ -88,7 +88,7 @@ class Suggestion(NamedTuple):
     basis: str  # what this rests on, in words
 
 
-_PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
+PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
 
 def suggest_threshold(norms: Any) -> Suggestion:
@@ -131,7 +131,7 @@ def suggest_threshold(norms: Any) -> Suggestion:
     low, high = np.percentile(np.log(positive), [25, 75])
     fence = np.exp(min(high + 1.5 * (high - low), np.log(positive.max())))
     threshold = positive[positive <= fence * (1 + 1e-12)].max()  # not below the largest by a rounding
-    candidates = np.percentile(finite, _PERCENTILES)
+    candidates = np.percentile(finite, PERCENTILES)
     rate = lambda bound: float(np.mean(finite > bound))
     return Suggestion(
         float(threshold),

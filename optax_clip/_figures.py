@@ -114,7 +114,13 @@ def one_axes(ax: Any, *, caller: str, size: tuple[float, float]) -> Axes:
     return ax
 
 
+def plain(label: Any) -> str:
+    """A label as text, in which a dollar begins no formula."""
+    return str(label).replace("$", r"\$")
+
+
 def check_axes(ax: Any, *, caller: str, example: str) -> None:
+    """Raises unless it is axes."""
     if not isinstance(ax, Axes):
         raise TypeError(f"{caller}: ax must be axes of matplotlib, got {type(ax).__name__}. For example: {example}.")
 
@@ -167,9 +173,9 @@ def _draw(ax: Axes, label: Any, seen: Any, limits: tuple[float, float]) -> dict[
             look = look | {"transform": ax.get_xaxis_transform()}
         (lines[name],) = ax.plot(steps, values[steps], **look)
     # Limits before the scale: matplotlib would look for its own, and warn where no norm is above 0.
-    ax.set(ylim=limits, yscale="log", xlim=_margin(0, len(seen.norm) - 1), xlabel="step")
+    ax.set(xscale="linear", ylim=limits, yscale="log", xlim=_margin(0, len(seen.norm) - 1), xlabel="step")
     ax.locator_params(axis="x", nbins=5)
-    ax.set_title(f"{label}\n{percent(seen.clipped.sum() / max(finite.sum(), 1))} clipped")
+    ax.set_title(f"{plain(label)}\n{percent(seen.clipped.sum() / max(finite.sum(), 1))} clipped")
     return lines
 
 

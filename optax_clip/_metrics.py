@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from optax_clip._clip_by_norm import ClipState
 from optax_clip._landing import WeightState
@@ -56,13 +55,17 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
         for path, state in found:
             where = jax.tree_util.keystr(path, simple=True, separator="/") if len(found) > 1 else ""
             for name in _FIELDS[kind]:
-                metrics["/".join(filter(None, (prefix, where, name)))] = _array(getattr(state, name))
+                key = "/".join(filter(None, (prefix, where, name)))
+                if key in metrics:  # a name that holds a slash, beside a path that is spelled the same
+                    key = f"{prefix}/{jax.tree_util.keystr(path)}/{name}"
+                metrics[key] = _array(getattr(state, name))
     return metrics
 
 
 def _array(value: Any) -> Any:
     """What a variable holds now, as in the states of Flax NNX; it would change with the next step."""
-    return jnp.asarray(value) if hasattr(value, "__jax_array__") else value
+    convert = getattr(value, "__jax_array__", None)
+    return convert() if convert else value
 
 
 def _states(tree: Any, kind: type, above: tuple = ()) -> list[tuple[tuple, Any]]:

@@ -7,20 +7,21 @@ import jax
 import numpy as np
 
 from optax_clip import _checks
-from optax_clip._choosing import suggest_threshold
-from optax_clip._figures import one_axes, percent, thresholds
+from optax_clip._choosing import PERCENTILES, suggest_threshold
+from optax_clip._figures import one_axes, percent, plain, thresholds
 from optax_clip._responses import normalize, shrink, smooth, tanh
 
 # The line before says what to install where there is no matplotlib.
 from matplotlib import colormaps  # isort: skip
 from matplotlib.axes import Axes  # isort: skip
 from matplotlib.colors import LogNorm  # isort: skip
+from matplotlib.patheffects import withStroke  # isort: skip
 
 __all__ = ["thresholds", "distribution", "leaf_norms", "responses"]
 
 _COLUMNS = 500  # of the heat map
 _LABELS = 40  # rows of the heat map that have a label
-
+_FAR = 1e3  # a candidate this far from the norms is left out of the picture
 
 # Line styles that differ in print, over colors of Okabe and Ito.
 _CANDIDATES: list[dict[str, Any]] = [
@@ -42,14 +43,16 @@ def distribution(norms: Any, candidates: Mapping[str, Any] | None = None, *, ax:
     Args:
       norms: [steps], real, >= 0, NaN and inf included, at least one finite and above 0: a list or an array.
       candidates: from a label to a threshold, a number above 0; None for the one that `suggest_threshold` starts
-        with, and the 90th and 99th percentile.
+        with, and the 90th and 99th percentile where they are above 0. What is three decades from all norms stands in
+        the legend only.
       ax: the axes to draw on; None for a new pyplot figure.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: what `suggest_threshold` raises; a candidate is not above 0 or not finite.
+      ValueError: `norms` is not a vector, holds a negative number, or nothing finite above 0; a candidate is not above
+        0 or not finite.
       TypeError: an argument is of the wrong kind.
 
     Guarantees:
@@ -62,29 +65,34 @@ def distribution(norms: Any, candidates: Mapping[str, Any] | None = None, *, ax:
       two: 2, 17 % above | 6 norms, 1 of them 0
     """
     values = _checks.norms(norms, caller="distribution")
-    found = suggest_threshold(values)
-    if candidates is None:
-        share = dict(zip((50, 75, 90, 95, 99, 99.9), found.candidates))
-        candidates = {"suggested": found.threshold, "90th percentile": share[90], "99th percentile": share[99]}
-    _check_candidates(candidates)
-    ax = one_axes(ax, caller="distribution", size=(6.0, 3.6))
     finite = values[np.isfinite(values)]
-    logs = np.log10(finite[finite > 0].astype(np.float64))
-    # Between 20 and 100 bins, over a range that is never empty.
-    low, high = logs.min() - 0.05, logs.max() + 0.05
-    bins = np.clip(len(np.histogram_bin_edges(logs, "fd")) - 1, 20, 100) if np.ptp(logs) else 20
-    edges = np.linspace(low, high, int(bins) + 1)
-    ax.hist(10**logs, 10**edges, color="0.75", edgecolor="0.4", linewidth=0.4)
-    for i, (label, candidate) in enumerate(candidates.items()):
-        text = f"{label}: {float(candidate):.3g}, {percent(np.mean(finite > candidate))} above"
-        ax.axvline(float(candidate), label=text, linewidth=1.8, **_CANDIDATES[i % len(_CANDIDATES)])
-    lost, zeros = values.size - finite.size, int(np.sum(finite == 0))
+    positive = finite[finite > 0]
+    if not positive.size:
+        raise ValueError(
+            f"distribution: norms has no finite number above 0 among {values.size}. At least one is required. "
+            "Record norms with clip_by_global_norm(None) and clip_metrics."
+        )
+    lines = _suggested(finite) if candidates is None else _candidates(candidates)
+    ax = one_axes(ax, caller="distribution", size=(6.0, 3.6))
+    inside = np.clip(list(lines.values()), positive.min() / _FAR, positive.max() * _FAR)
+    ax.set(xscale="log", yscale="log")
+    ax.set_xlim(min([positive.min(), *inside]) / 1.2, max([positive.max(), *inside]) * 1.2)
+    # Between 20 and 100 bins, equal on the logarithm, over a range that is never empty.
+    logs = np.log10(positive)
+    bins = int(np.clip(len(np.histogram_bin_edges(logs, "fd")) - 1, 20, 100)) if np.ptp(logs) else 20
+    edges = 10 ** np.linspace(logs.min() - 0.05, logs.max() + 0.05, bins + 1)
+    ax.hist(positive, edges, color="0.75", edgecolor="0.4", linewidth=0.4)
+    drawn, texts = [], []
+    for i, (label, candidate) in enumerate(lines.items()):
+        drawn.append(ax.axvline(candidate, linewidth=1.8, **_CANDIDATES[i % len(_CANDIDATES)]))
+        texts.append(f"{plain(label)}: {candidate:.3g}, {percent(float(np.mean(finite > candidate)))} above")
+    if lines:
+        ax.legend(drawn, texts, fontsize="small", loc="upper right")
+    lost, zeros = values.size - finite.size, finite.size - positive.size
     title = f"{values.size} norms" + (f", {zeros} of them 0" if zeros else "")
-    ax.set(xscale="log", yscale="log", xlabel="norm", ylabel="steps")
-    ax.set_ylim(bottom=0.5)
     ax.set_title(title + (f", {lost} not finite" if lost else ""))
-    if candidates:
-        ax.legend(fontsize="small", loc="upper right")
+    ax.set(xlabel="norm", ylabel="steps")
+    ax.set_ylim(bottom=0.5)  # a bar of one step is seen
     return ax
 
 
@@ -93,7 +101,8 @@ def leaf_norms(norms: Any, *, ax: Any = None) -> Axes:
 
     Colors are on a log scale, dark for small norms and light for large ones; white is 0. Norms that are not finite are
     black, with a cross where a run of them begins. Logs of more than 500 steps are drawn by the largest norm of each of
-    at most 500 equal spans of steps, in which one that is not finite counts as the largest: no spike is lost.
+    at most 500 equal spans of steps, in which one that is not finite counts as the largest: no spike is lost, while
+    rows are higher than a pixel.
 
     Args:
       norms: tree of f32[steps], all of one length >= 1: what `scan` makes of `leaf_norm(updates)`, or a dict of lists.
@@ -118,27 +127,23 @@ def leaf_norms(norms: Any, *, ax: Any = None) -> Axes:
       >>> print([label.get_text() for label in leaf_norms(by_leaf, ax=Figure().subplots()).get_yticklabels()])
       ['b', 'w']
     """
-    rows = _rows(norms)
-    ax = one_axes(ax, caller="leaf_norms", size=(7.0, min(1.4 + 0.22 * len(rows), 12.0)))
-    steps = len(next(iter(rows.values())))
-    # Of each span, the largest; NaN counts as inf, so that it is drawn as not finite.
-    width = -(-steps // _COLUMNS)
-    values = np.where(np.isnan(list(rows.values())), np.inf, list(rows.values()))
-    values = np.maximum.reduceat(values, np.arange(0, steps, width), axis=1)
+    names, values, edges = _rows(norms)
+    ax = one_axes(ax, caller="leaf_norms", size=(7.0, min(1.4 + 0.22 * len(names), 12.0)))
     lost = ~np.isfinite(values)
-    drawn = values[~lost & (values > 0)]
-    low, high = (drawn.min(), drawn.max()) if drawn.size else (0.5, 2.0)
+    inside = values[~lost & (values > 0)]
+    low, high = (inside.min(), inside.max()) if inside.size else (0.5, 2.0)
     colors = colormaps["cividis"].with_extremes(bad="black", under="white")
     scale = LogNorm(low, high if high > low else 2 * low)
-    edges = np.minimum(np.arange(values.shape[1] + 1) * width, steps) - 0.5
     shown = np.ma.masked_where(lost, np.maximum(values, np.finfo(np.float64).tiny))
-    mesh = ax.pcolormesh(edges, np.arange(len(rows) + 1) - 0.5, shown, cmap=colors, norm=scale, rasterized=True)
-    row, column = np.nonzero(lost & ~np.roll(lost, 1, axis=1) | lost & (np.arange(values.shape[1]) == 0))
+    ax.set(xscale="linear", yscale="linear")
+    mesh = ax.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, shown, cmap=colors, norm=scale, rasterized=True)
+    row, column = np.nonzero(np.diff(lost, axis=1, prepend=False) & lost)  # where runs begin
     middle = (edges[:-1] + edges[1:]) / 2
-    ax.plot(middle[column], row, "x", color="white", markersize=4, label="not finite")
-    every = -(-len(rows) // _LABELS)
-    ax.set_yticks(range(0, len(rows), every), list(rows)[::every], fontsize="small")
-    ax.set(xlabel="step", ylim=(len(rows) - 0.5, -0.5), xlim=(edges[0], edges[-1]))
+    outline = [withStroke(linewidth=2.5, foreground="black")]  # to be seen on white as well
+    ax.plot(middle[column], row, "x", color="white", markersize=4, path_effects=outline, clip_on=False)
+    every = -(-len(names) // _LABELS)
+    ax.set_yticks(range(0, len(names), every), [plain(name) for name in names[::every]], fontsize="small")
+    ax.set(xlabel="step", ylim=(len(names) - 0.5, -0.5), xlim=(edges[0], edges[-1]))
     extend = "min" if (values == 0).any() else "neither"
     ax.figure.colorbar(mesh, cax=ax.inset_axes((1.02, 0.0, 0.025, 1.0)), label="norm", extend=extend)
     return ax
@@ -187,38 +192,45 @@ def responses(*, ax: Any = None) -> Axes:
     return ax
 
 
-def _check_candidates(candidates: Any) -> None:
+def _suggested(finite: np.ndarray) -> dict[str, float]:
+    found = suggest_threshold(finite)
+    share = dict(zip(PERCENTILES, found.candidates))
+    lines = {"suggested": found.threshold, "90th percentile": share[90.0], "99th percentile": share[99.0]}
+    return {label: float(line) for label, line in lines.items() if line > 0}
+
+
+def _candidates(candidates: Any) -> dict[Any, float]:
     if not isinstance(candidates, Mapping):
         raise TypeError(
             f"distribution: candidates must map labels to thresholds, got {type(candidates).__name__}. "
             'For example: {"mine": 1.0}.'
         )
     for label, candidate in candidates.items():
-        if isinstance(candidate, bool | str) or not hasattr(candidate, "__float__") or np.ndim(candidate):
-            raise TypeError(
-                f"distribution: candidates[{label!r}] must be a number, got {type(candidate).__name__}. "
-                'For example: {"mine": 1.0}.'
-            )
+        _checks.scalar(candidate, caller="distribution", name=f"candidates[{label!r}]", kinds=_checks.NUMBER)
         if not 0 < float(candidate) < np.inf:
             raise ValueError(
                 f"distribution: candidates[{label!r}] must be above 0 and finite, got {float(candidate):g}. "
                 "A line needs a place on the axis of norms."
             )
+    return {label: float(candidate) for label, candidate in candidates.items()}
 
 
-def _rows(norms: Any) -> dict[str, np.ndarray]:
-    """The norms of each leaf as a vector in f64, by its path."""
-    is_row = lambda x: (
-        isinstance(x, list | tuple) and all(hasattr(entry, "__float__") and np.ndim(entry) == 0 for entry in x)
-    )
-    rows = {}
+def _rows(norms: Any) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The paths of the leaves, the largest norm of each span of steps, f64[leaves, spans], and the edges of spans."""
+    is_number = lambda x: hasattr(x, "__float__") and np.ndim(x) == 0
+    is_row = lambda x: type(x) in (list, tuple) and len(x) > 0 and all(map(is_number, x))
+    names, values, lengths = [], [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(norms, is_leaf=is_row):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "norm"
-        rows[name] = _checks.norms(leaf, caller=f"leaf_norms: {name}")
-    lengths = {len(row) for row in rows.values()}
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        row = _checks.norms(leaf, caller=f"leaf_norms: {names[-1]}" if path else "leaf_norms")
+        lengths.add(len(row))
+        if len(row):  # reduced one by one, since all rows may be more than memory holds; a NaN is the largest
+            values.append(np.maximum.reduceat(row, np.arange(0, len(row), -(-len(row) // _COLUMNS))))
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
-            f"leaf_norms: norms must hold leaves of one length >= 1, got {len(rows)} leaves of lengths "
+            f"leaf_norms: norms must hold leaves of one length >= 1, got {len(names)} leaves of lengths "
             f"{sorted(lengths)}. Pass what scan stacks of leaf_norm(updates)."
         )
-    return rows
+    (steps,) = lengths
+    edges = np.minimum(np.arange(values[0].size + 1) * -(-steps // _COLUMNS), steps) - 0.5
+    return names, np.stack(values), edges

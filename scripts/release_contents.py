@@ -3,17 +3,19 @@
 import email
 import pathlib
 import re
+import subprocess
 import sys
 import tarfile
 import zipfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 MOST_BYTES = 150_000  # of the wheel; it has about 80 kB
-MODULES = {f"optax_clip/{path.name}" for path in (ROOT / "optax_clip").iterdir() if path.suffix in (".py", ".typed")}
+MODULES = set(subprocess.check_output(["git", "ls-files", "optax_clip"], cwd=ROOT, text=True).split())
 
 
 def check(folder):
     """Raises an AssertionError for what should not be released."""
+    assert not sys.flags.optimize, "run without -O: it would leave the checks out"
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     version = re.search(r'__version__ = "(.*)"', (ROOT / "optax_clip/__init__.py").read_text())[1]
     changelog = (ROOT / "CHANGELOG.md").read_text()
@@ -21,6 +23,7 @@ def check(folder):
         f"CHANGELOG.md has no dated section for {version}"
     )
     assert wheel.stat().st_size < MOST_BYTES, f"the wheel has {wheel.stat().st_size} bytes"
+    assert wheel.name.startswith(f"optax_clip-{version}-") and sdist.name == f"optax_clip-{version}.tar.gz"
     with zipfile.ZipFile(wheel) as archive:
         about = f"optax_clip-{version}.dist-info"
         names = set(archive.namelist())

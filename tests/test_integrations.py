@@ -158,6 +158,7 @@ def test_nnx_layers_are_told_apart(make):
     assert oc.global_norm(clipped["hidden"]) < 0.03 < oc.global_norm(grads["hidden"])
 
 
+@pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="this Flax has no nnx.as_pure")
 def test_nnx_optimizer_goes_on_from_orbax(tmp_path):
     """The state of `nnx.Optimizer`, windows included, goes through Orbax by `split` and `merge`, bit for bit."""
 
@@ -467,7 +468,8 @@ def test_reduce_on_plateau_does_not_see_skipped_steps():
     update = jax.jit(once(lambda grads, state, value: tx.update(grads, state, value=value)))
 
     def run(steps):
-        state, sizes = tx.init(jnp.zeros(2)), []
+        # Before 0.2.7 Optax starts from weak types, and the second step would be another trace.
+        state, sizes = jax.tree.map(lambda x: x.astype(x.dtype), tx.init(jnp.zeros(2))), []
         for gradient, value in steps:
             updates, state = update(jnp.full(2, gradient), state, jnp.float32(value))
             sizes.append(float(jnp.linalg.norm(updates)))

@@ -129,6 +129,27 @@ def test_every_public_name_is_on_one_page_of_the_api():
     assert sorted(listed) == sorted([*optax_clip.__all__, *optax_clip.plot.__all__])
 
 
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Every relative link of a page leads to a file of the checkout, from where the page is."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        if not target.startswith(("http", "#")):
+            assert not re.search(r"\s", target), target
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_code_of_all_pages_is_run():
+    """Code stands in fences that tests collect, in folders that they look into."""
+    deep = {path for path in ROOT.glob("docs/**/*.md") if not {"_build", "notebooks"} & set(path.parts)} - set(PAGES)
+    assert not deep
+    other = [page for page in PAGES if re.search(r"^```(py|Python|\{code)\b", page.read_text(), re.MULTILINE)]
+    assert not other
+
+
 # Docstrings
 
 

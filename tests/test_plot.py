@@ -1,4 +1,4 @@
-"""The figure of thresholds: what stands on the axes, and that nothing else is touched."""
+"""Figures: what stands on the axes, and that nothing else is touched."""
 
 import functools
 import io
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
@@ -199,6 +200,8 @@ def test_a_far_threshold_leaves_the_norms_legible():
     for bound, top in ((30.0, 30.0), (1e30, 2e3)):
         (ax,) = draw([1.0, 2.0], {"fixed": oc.clip_by_global_norm(bound)})
         assert top < ax.get_ylim()[1] < 20 * top
+    (ax,) = draw([1.0, 2.0], {"fixed": oc.clip_by_global_norm(1e-30)})
+    assert 1e-5 < ax.get_ylim()[0] < 1e-3
 
 
 def test_axes_given_are_used_and_nothing_else():
@@ -314,55 +317,91 @@ def test_responses_make_a_figure_where_none_is_given():
 # Distribution
 
 
+def bars(ax: Axes) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and heights of the histogram."""
+    left = [bar.get_x() for bar in ax.patches]
+    return np.append(left, left[-1] + ax.patches[-1].get_width()), np.array([bar.get_height() for bar in ax.patches])
+
+
 def test_distribution_counts_all_norms_above_zero():
-    """The bars hold every finite norm above 0 once, log in both axes; the title counts the others."""
+    """The bars hold every finite norm above 0 once, equal on log axes; the title counts the others."""
     norms = np.append(stream(), [0.0, 0.0])
     ax = plot.distribution(norms, ax=Figure().subplots())
-    assert sum(bar.get_height() for bar in ax.patches) == np.isfinite(norms).sum() - 2
+    inside = norms[np.isfinite(norms) & (norms > 0)]
+    edges, heights = bars(ax)
+    np.testing.assert_array_equal(heights, np.histogram(inside, edges)[0])
+    assert heights.sum() == len(inside) and edges[0] < inside.min() and edges[-1] > inside.max()
+    np.testing.assert_allclose(np.diff(np.log(edges)), np.log(edges[1] / edges[0]), rtol=1e-6)
     assert ax.get_title() == "502 norms, 2 of them 0, 5 not finite"
     assert (ax.get_xscale(), ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "log", "norm", "steps")
     low, high = ax.get_xlim()
-    assert low < stream()[np.isfinite(stream())].min() and high > 100
-    assert ax.get_ylim()[0] < 1  # a bar of one step is seen
-    assert len(render(ax)) > 3000
+    assert low < inside.min() and high > 100
+    assert ax.get_ylim()[0] == 0.5  # a bar of one step is seen
+
+
+@pytest.mark.parametrize(
+    ("norms", "bins"),
+    [
+        (np.geomspace(1, 2, 10), 20),
+        (np.random.default_rng(0).lognormal(size=2000), range(30, 100)),
+        (np.append(np.geomspace(1, 1.01, 100_000), 1e9), 100),
+    ],
+    ids=["few", "usual", "outlier"],
+)
+def test_distribution_has_between_20_and_100_bins(norms, bins):
+    """Few norms have 20 bars, many have more, and an outlier far away does not make millions of them."""
+    found = len(plot.distribution(norms, ax=Figure().subplots()).patches)
+    assert found == bins if isinstance(bins, int) else found in bins
 
 
 def test_distribution_has_a_line_for_each_candidate():
     """A line stands at each candidate, with its label and the share of finite norms above it; styles differ."""
-    candidates = {f"c{i}": np.float32(0.5 + i / 4) for i in range(6)}
-    ax = plot.distribution(stream(), candidates, ax=Figure().subplots())
+    norms = np.append(stream(), [0.5, 0.75])
+    candidates = {"_$a": jnp.bfloat16(0.5), **{f"c{i}": np.float32(0.5 + i / 4) for i in range(1, 7)}}
+    with jax.numpy_dtype_promotion("strict"):
+        ax = plot.distribution(norms, candidates, ax=Figure().subplots())
     lines = ax.get_lines()
-    assert [line.get_xdata()[0] for line in lines] == list(candidates.values())
-    finite = stream()[np.isfinite(stream())]
+    assert [line.get_xdata()[0] for line in lines] == [float(value) for value in candidates.values()]
+    finite = norms[np.isfinite(norms)]
     for text, (label, value) in zip(ax.get_legend().get_texts(), candidates.items(), strict=True):
-        assert text.get_text() == f"{label}: {value:.3g}, {_figures.percent(np.mean(finite > value))} above"
-    assert len({line._unscaled_dash_pattern for line in map(_hashable, lines)}) == 6
+        share = _figures.percent(np.mean(finite > float(value)))
+        assert text.get_text() == rf"{label}: {float(value):.3g}, {share} above".replace("$", r"\$")
+    assert len({str(look["linestyle"]) for look in plot._CANDIDATES}) == len(plot._CANDIDATES) == 6
     assert {to_hex(line.get_color()) for line in lines} <= OKABE_ITO
-
-
-def _hashable(line):
-    offset, dashes = line._unscaled_dash_pattern
-    line._unscaled_dash_pattern = (offset, tuple(dashes or ()))
-    return line
+    assert render(ax)
 
 
 def test_distribution_suggests_candidates():
     """Without candidates there are the suggested threshold and two percentiles; with none there is no legend."""
     found = oc.suggest_threshold(stream())
     ax = plot.distribution(stream(), ax=Figure().subplots())
-    drawn = {line.get_label().split(":")[0]: line.get_xdata()[0] for line in ax.get_lines()}
-    assert drawn == {
+    texts = [text.get_text().split(":")[0] for text in ax.get_legend().get_texts()]
+    assert dict(zip(texts, [line.get_xdata()[0] for line in ax.get_lines()], strict=True)) == {
         "suggested": found.threshold,
         "90th percentile": found.candidates[2],
         "99th percentile": found.candidates[4],
     }
     assert plot.distribution(stream(), {}, ax=Figure().subplots()).get_legend() is None
+    mostly_zero = plot.distribution([0.0] * 95 + [1.0] * 5, ax=Figure().subplots())
+    assert len(mostly_zero.get_lines()) == 2  # the 90th percentile is 0 and has no place
 
 
-@pytest.mark.parametrize("norms", [[1.0], [1.0, 1.0], [1e-38, 3e38], [NAN, 2.0], np.ones(5000)], ids=len)
+def test_a_far_candidate_leaves_the_norms_legible():
+    """A candidate is in the picture if near; one three decades away or further stands in the legend only."""
+    for candidate, inside in ((500.0, True), (0.005, True), (1e20, False), (1e-20, False), (1e300, False)):
+        ax = plot.distribution([1.0, 2.0], {"a": candidate}, ax=Figure().subplots())
+        low, high = ax.get_xlim()
+        assert (low < candidate < high) == inside and 1e-4 < low < 1 < 2 < high < 1e4
+        assert len(ax.get_legend().get_texts()) == 1 and render(ax)
+
+
+@pytest.mark.parametrize(
+    "norms", [[1.0], [1.0, 1.0], [1e-38, 3e38], [NAN, 2.0], np.ones(5000)], ids=lambda norms: f"{norms[0]} {len(norms)}"
+)
 def test_odd_distributions_render(norms):
     """One norm, equal norms and norms over the whole range of f32 can be drawn."""
-    assert len(render(plot.distribution(norms, ax=Figure().subplots()))) > 1000
+    ax = plot.distribution(norms, ax=Figure().subplots())
+    assert sum(bars(ax)[1]) == np.isfinite(norms).sum() and render(ax)
 
 
 # Norms by leaf
@@ -381,9 +420,23 @@ def test_leaf_norms_are_the_rows():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "c", "w/0/kernel"]
     np.testing.assert_array_equal(cells(ax), [[4, 5, 6], [7, 8, 9], [1, 2, 3]])
     assert ax.get_ylim() == (2.5, -0.5) and ax.get_xlim() == (-0.5, 2.5) and ax.get_xlabel() == "step"
-    (scale,) = ax.child_axes
-    assert scale.get_ylabel() == "norm" and scale.get_yscale() == "log"
-    assert len(render(ax)) > 1000
+    (scale,), (mesh,) = ax.child_axes, ax.collections
+    assert scale.get_ylabel() == "norm" and scale.get_yscale() == "log" and mesh.colorbar.extend == "neither"
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (1.0, 9.0) and mesh.get_rasterized()
+    assert render(ax)
+
+
+def test_leaves_of_any_tree_are_kept_apart():
+    """Paths that are spelled alike are rows of their own; empty containers are none; steps of size 1 are steps."""
+    tree = {"a": {"b": [1.0, 2.0]}, "a/b": [3.0, 4.0], "c": (), "d": [], "$e_$": np.float32([5, 6])}
+    ax = plot.leaf_norms(tree, ax=Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == [r"\$e_\$", "a/b", "a/b"]
+    np.testing.assert_array_equal(cells(ax), [[5, 6], [1, 2], [3, 4]])
+    assert render(ax)
+    ax.clear()
+    ax.set(xscale="log", yscale="log")
+    assert plot.leaf_norms(np.ones(3), ax=ax).get_yscale() == "linear"
+    assert [label.get_text() for label in ax.get_yticklabels()] == [""]
 
 
 def test_leaf_norms_of_a_scan():
@@ -402,8 +455,29 @@ def test_leaf_norms_of_zero_and_not_finite_are_seen():
     assert (colors[0, 0] == 1).all() and (colors[0, 1:3] == 0).all() and (colors[1, 2] == 0).all()
     gray = colors @ [0.299, 0.587, 0.114]
     assert gray[1, 0] < gray[1, 1] < gray[1, 3] < 0.95
-    x, y = points(ax.get_lines()[0])
-    assert list(zip(x, y)) == [(1, 0), (2, 1)]  # where runs begin
+    (crosses,) = ax.get_lines()
+    assert list(zip(*points(crosses))) == [(1, 0), (2, 1)]  # where runs begin
+    assert to_hex(crosses.get_color()) == "#ffffff" and crosses.get_path_effects()  # on black, and on white
+    assert mesh.colorbar.extend == "min"
+
+
+def test_runs_at_either_end_have_a_cross():
+    """A run of norms that are not finite is marked where it begins, at the first step and at the last."""
+    ax = plot.leaf_norms({"a": [NAN, NAN, 1.0, INF]}, ax=Figure().subplots())
+    assert list(zip(*points(ax.get_lines()[0]))) == [(0, 0), (3, 0)]
+    (mesh,) = ax.collections
+    assert mesh.norm.vmin < mesh.norm.vmax  # also of a single number
+
+
+@pytest.mark.parametrize("steps", [1, 499, 500, 501, 999, 1000, 1001])
+def test_spans_of_any_log(steps):
+    """Up to 500 steps have a column each, more share at most 500, and the last column ends with the log."""
+    norms = np.random.default_rng(steps).permutation(steps) + 1.0
+    ax = plot.leaf_norms({"a": norms}, ax=Figure().subplots())
+    width = -(-steps // 500)
+    np.testing.assert_array_equal(cells(ax)[0], [norms[i : i + width].max() for i in range(0, steps, width)])
+    edges = ax.collections[0].get_coordinates()[0, :, 0]
+    assert edges[0] == -0.5 and edges[-1] == steps - 0.5 and len(edges) <= 501
 
 
 @pytest.mark.parametrize("spike", [0, 777, 99_999])
@@ -424,12 +498,15 @@ def test_many_leaves_have_some_labels():
     ax = plot.leaf_norms({f"{i:03d}": [1.0, 2.0] for i in range(1000)}, ax=Figure().subplots())
     assert cells(ax).shape == (1000, 2) and 20 <= len(ax.get_yticklabels()) <= 40
     assert ax.get_yticklabels()[1].get_text() == "025"
+    new = plot.leaf_norms({str(i): [1.0] for i in range(1000)})
+    assert new.figure.get_figheight() == 12
+    plt.close(new.figure)
 
 
 @pytest.mark.parametrize("tree", [{"a": [0.0, 0.0]}, {"a": [NAN]}, np.ones(3)], ids=["zero", "NaN", "array"])
 def test_odd_norms_of_leaves_render(tree):
     """Logs without a finite norm above 0 can be drawn, and a tree that is one leaf."""
-    assert len(render(plot.leaf_norms(tree, ax=Figure().subplots()))) > 1000
+    assert render(plot.leaf_norms(tree, ax=Figure().subplots()))
 
 
 @pytest.mark.parametrize("draw", [plot.distribution, lambda x: plot.leaf_norms({"a": x})], ids=["norms", "leaves"])
@@ -445,7 +522,7 @@ def test_figures_of_norms_are_new_where_none_is_given(draw):
 
 
 BAD_NORMS = {
-    "no norm": (plot.distribution, ([NAN],), ValueError, "suggest_threshold: norms has no finite number above 0"),
+    "no norm": (plot.distribution, ([NAN],), ValueError, "distribution: norms has no finite number above 0 among 1"),
     "matrix": (plot.distribution, ([[1.0]],), ValueError, "distribution: norms must be a vector"),
     "candidates": (plot.distribution, ([1.0], [2.0]), TypeError, "distribution: candidates must map labels.*got list"),
     "zero": (
@@ -454,10 +531,24 @@ BAD_NORMS = {
         ValueError,
         r"candidates\['a'\] must be above 0 and finite, got 0",
     ),
-    "text": (plot.distribution, ([1.0], {"a": "b"}), TypeError, r"candidates\['a'\] must be a number, got str"),
+    "text": (plot.distribution, ([1.0], {"a": "b"}), TypeError, r"candidates\['a'\] must be a number or .*got str"),
+    "inf": (
+        plot.distribution,
+        ([1.0], {"a": INF}),
+        ValueError,
+        r"candidates\['a'\] must be above 0 and finite, got inf",
+    ),
+    "bool": (
+        plot.distribution,
+        ([1.0], {"a": np.True_}),
+        TypeError,
+        r"candidates\['a'\] must be a number or .*got bool",
+    ),
+    "vector": (plot.distribution, ([1.0], {"a": np.ones(2)}), ValueError, r"candidates\['a'\] must be a scalar"),
     "no leaf": (plot.leaf_norms, ({},), ValueError, "leaf_norms: norms must hold leaves of one length.*0 leaves"),
     "lengths": (plot.leaf_norms, ({"a": [1.0], "b": [1.0, 2.0]},), ValueError, r"2 leaves of lengths \[1, 2\]"),
-    "no step": (plot.leaf_norms, ({"a": []},), ValueError, r"1 leaves of lengths \[0\]"),
+    "no step": (plot.leaf_norms, ({"a": []},), ValueError, r"0 leaves of lengths \[\]"),
+    "empty": (plot.leaf_norms, ({"a": np.ones(0)},), ValueError, r"1 leaves of lengths \[0\]"),
     "negative": (plot.leaf_norms, ({"a": {"b": [-1.0]}},), ValueError, "leaf_norms: a/b: norms must be >= 0"),
     "scalar": (plot.leaf_norms, ({"a": 1.0},), ValueError, "leaf_norms: a: norms must be a vector"),
 }
