@@ -19,6 +19,7 @@ except ModuleNotFoundError as _error:
 
 _MOST = 2000  # steps up to which all are drawn
 _BINS = 1000  # for lines: about as many as an axes has pixels across
+FAR = 1e3  # thresholds this many times beyond all norms are left out of the picture
 _MARKER_BINS = 250  # for markers, which are wider
 # Colors of Okabe and Ito, which color-blind readers can tell apart, with lines and markers that differ in print.
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -199,7 +200,7 @@ def _limits(replays: list[Any]) -> tuple[float, float]:
     norms = inside(np.concatenate([seen.norm for seen in replays]))
     bounds = inside(np.concatenate([seen.threshold for seen in replays]))
     if norms.size:
-        bounds = np.clip(bounds, norms.min() / 1e3, norms.max() * 1e3)
+        bounds = np.clip(bounds, norms.min() / FAR, norms.max() * FAR)
     both = np.log10(np.concatenate([norms, bounds])) if norms.size or bounds.size else np.zeros(1)
     low, high = both.min(), both.max()
     span = max(high - low, 0.5)

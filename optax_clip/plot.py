@@ -8,7 +8,7 @@ import numpy as np
 
 from optax_clip import _checks
 from optax_clip._choosing import PERCENTILES, suggest_threshold
-from optax_clip._figures import one_axes, percent, plain, thresholds
+from optax_clip._figures import FAR, one_axes, percent, plain, thresholds
 from optax_clip._responses import normalize, shrink, smooth, tanh
 
 # The line before says what to install where there is no matplotlib.
@@ -21,7 +21,6 @@ __all__ = ["thresholds", "distribution", "leaf_norms", "responses"]
 
 _COLUMNS = 500  # of the heat map
 _LABELS = 40  # rows of the heat map that have a label
-_FAR = 1e3  # a candidate this far from the norms is left out of the picture
 
 # Line styles that differ in print, over colors of Okabe and Ito.
 _CANDIDATES: list[dict[str, Any]] = [
@@ -74,7 +73,7 @@ def distribution(norms: Any, candidates: Mapping[str, Any] | None = None, *, ax:
         )
     lines = _suggested(finite) if candidates is None else _candidates(candidates)
     ax = one_axes(ax, caller="distribution", size=(6.0, 3.6))
-    inside = np.clip(list(lines.values()), positive.min() / _FAR, positive.max() * _FAR)
+    inside = np.clip(list(lines.values()), positive.min() / FAR, positive.max() * FAR)
     ax.set(xscale="log", yscale="log")
     ax.set_xlim(min([positive.min(), *inside]) / 1.2, max([positive.max(), *inside]) * 1.2)
     # Between 20 and 100 bins, equal on the logarithm, over a range that is never empty.

@@ -242,3 +242,11 @@ def test_skipped_steps_are_counted():
     assert after(tx, [GRADS]).keys() == names("clip/measured", "clip/inner_state/0") | counters
     nested = after(oc.skip_spikes(oc.skip_spikes(optax.sgd(1.0))), [GRADS])
     assert {"clip/total_skipped", "clip/inner_state/total_skipped"} <= nested.keys()
+
+
+def test_names_with_slashes_lose_no_clip():
+    """Of two states whose paths are spelled alike, the second gets its path as it is written in Python."""
+    state = oc.clip_by_global_norm(1.0).init({"w": jnp.zeros(2)})
+    other = state._replace(norm=jnp.float32(7.0))
+    metrics = oc.clip_metrics({"a": {"b": state}, "a/b": other})
+    assert len(metrics) == 8 and metrics["clip/a/b/norm"] == 0 and metrics["clip/['a/b']/norm"] == 7
