@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import properties  # noqa: F401  loads the profile of hypothesis
 import pytest
 import reference
-import test_guarantees  # noqa: F401  loads the profile of hypothesis
 import trees
 from hypothesis import given
 from hypothesis import strategies as st

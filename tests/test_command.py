@@ -10,8 +10,9 @@ import sys
 import tempfile
 
 import numpy as np
+import properties  # noqa: F401  loads the profile of hypothesis
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import optax_clip as oc
@@ -304,7 +305,6 @@ PIECES = {
 def test_any_bytes(suffix):
     """Whatever bytes a file holds, the exit status is 0 or 2, without a traceback or a warning."""
 
-    @settings(max_examples=80, deadline=None, database=None)
     @given(st.binary(max_size=300) | st.lists(PIECES[suffix], max_size=12).map(b"".join))
     @example(b"")
     @example(HEADER + np.array([1.5, 2.5]).tobytes())

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import properties  # noqa: F401  loads the profile of hypothesis
 import pytest
 import trees
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,7 +60,6 @@ def test_sums_are_kept(name):
     st.floats(0.0, 100.0, width=32),
     st.sampled_from(["float32", "bfloat16", "float16"]),
 )
-@settings(max_examples=200, deadline=None)
 def test_sums_are_kept_for_any_gradients(gradients, bound, dtype):
     """To rounding in f32, whatever the dtype of the updates, and to the bit where nothing is rounded."""
     gradients = np.asarray(np.array(gradients).astype(jnp.dtype(dtype)))

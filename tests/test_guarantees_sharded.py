@@ -1,0 +1,82 @@
+"""What holds for all updates on a mesh: any tree, spread in any way, is clipped as on one device."""
+
+import contextlib
+import functools
+
+import chex
+import clips
+import jax
+import numpy as np
+import trees
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from properties import PROFILE, by_path, factors, precision_of, rounding, updates_of
+from test_guarantees_wrapped import ADAPTIVE, NORMS
+
+MESHES = ({"data": 8}, {"data": 4, "model": 2})
+SIZES = [1, 2, 3, 4, 8, 16]
+DTYPES = ("float32", "float32", "bfloat16", "float16", "float64", "complex64", "float8_e5m2")
+
+
+def spread(seed: int):
+    """A tree of shapes and dtypes, and axes of the mesh for each of its dimensions that can be cut so."""
+    random = np.random.default_rng(seed)
+    mesh = MESHES[seed % len(MESHES)]
+
+    def leaf():
+        shape = tuple(int(size) for size in random.choice(SIZES, random.integers(5)))
+        free, axes = dict(mesh), []
+        for size in shape:
+            fits = [name for name, count in free.items() if size % count == 0]
+            name = random.choice(fits) if fits and random.random() < 0.6 else None
+            axes.append(name and str(name))
+            free.pop(name, None)
+        return jax.ShapeDtypeStruct(shape, np.dtype(jax.numpy.dtype(random.choice(DTYPES)))), P(*axes)
+
+    leaves = [leaf() for _ in range(random.integers(1, 5))]
+    return {f"leaf{i}": kind for i, (kind, _) in enumerate(leaves)}, [spec for _, spec in leaves], mesh
+
+
+LAYOUTS = [spread(seed) for seed in range(2 if PROFILE == "normal" else 24)]
+CLIPS = {case.name: case.make for case in clips.CLIPS} | {
+    f"{name} {scope}": lambda threshold, make=make, norm=norm: make(norm)
+    for name, make in ADAPTIVE.items()
+    for scope, norm in NORMS.items()
+}
+
+
+@functools.cache
+def compiled(name):
+    """Two steps, the second of larger updates, as statistics start with the first."""
+
+    def steps(updates, threshold):
+        tx, params = CLIPS[name](threshold), jax.tree.map(jax.numpy.zeros_like, updates)
+        _, state = tx.update(updates, tx.init(params), params)
+        larger = jax.tree.map(lambda x: (x * 3).astype(x.dtype), updates)
+        return tx.update(larger, state, params)
+
+    return jax.jit(steps)
+
+
+@given(st.sampled_from([*CLIPS]), st.integers(0, len(LAYOUTS) - 1), st.booleans(), factors, st.data())
+def test_sharded_is_one_device(name, number, explicit, threshold, data):
+    """Updates and states are those of one device, and each leaf stays where it was."""
+    kinds, specs, axes = LAYOUTS[number]
+    updates = data.draw(updates_of(lowest=-12.0, highest=4.0, kinds=[kinds], extremes=False))
+    mesh = trees.mesh(AxisType.Explicit if explicit else AxisType.Auto, **axes)
+    threshold = np.float32(threshold)
+    with precision_of(updates):
+        expected, expected_state = jax.device_get(compiled(name)(updates, threshold))
+        with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+            placement = dict(zip(updates, (NamedSharding(mesh, spec) for spec in specs)))
+            placed = jax.device_put(updates, placement)
+            clipped, state = compiled(name)(placed, threshold)
+    chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
+    chex.assert_trees_all_close(jax.device_get(state), expected_state, rtol=2e-6)
+    for key, leaf in clipped.items():
+        assert leaf.sharding.is_equivalent_to(placement[key], leaf.ndim)
+        relative, absolute = rounding(leaf)
+        actual, wanted = (np.asarray(x).astype(np.complex128) for x in (leaf, by_path(expected)[f"['{key}']"]))
+        np.testing.assert_allclose(actual, wanted, rtol=relative, atol=absolute)

@@ -1,0 +1,308 @@
+"""What holds for all updates in clips with a history, clips of weights, and wrappers: properties of random trees."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import reference
+import trees
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from properties import (
+    LARGEST,
+    any_clip,
+    assert_same,
+    bits,
+    break_one,
+    by_path,
+    factors,
+    pool,
+    precision_of,
+    rounding,
+    seeds,
+    slack,
+    step,
+    updates_of,
+)
+
+import optax_clip as oc
+
+FEW = pool(normal=3, long=12)
+ORDINARY = {"lowest": -6.0, "highest": 2.0, "decades": 4.0, "kinds": FEW, "extremes": False}
+NORMS = {"global": oc.global_norm, "leaf": oc.leaf_norm, "unit": oc.unit_norm}
+ADAPTIVE = {
+    "autoclip": lambda norm: oc.autoclip(50.0, 4, norm=norm),
+    "zclip": lambda norm: oc.zclip(1.0, 0.9, 3, norm=norm),
+    "zclip_mean": lambda norm: oc.zclip(1.0, 0.9, 3, spike="mean", norm=norm),
+    "adagc": lambda norm: oc.adagc(5.0, 1.05, 0.9, 3, norm=norm),
+    "clip_by_sigma": lambda norm: oc.clip_by_sigma(1.0, 4, norm=norm),
+}
+
+
+@functools.cache
+def of_history(name, scope):
+    """A clip with a history, and its compiled step."""
+    tx = ADAPTIVE[name](NORMS[scope])
+    return tx, jax.jit(tx.update)
+
+
+def run(name, scope, updates, sizes):
+    """Clipped updates and states of one step after the other, in which the updates have these sizes."""
+    tx, update = of_history(name, scope)
+    with precision_of(updates), np.errstate(invalid="ignore"):  # inf and NaN in dtypes that have none
+        state, out = tx.init(jax.tree.map(np.zeros_like, updates)), []
+        for size in sizes:
+            sized = jax.tree.map(lambda x, size=size: (x * x.real.dtype.type(size)).astype(x.dtype), updates)
+            clipped, state = update(sized, state)
+            out.append((sized, *jax.device_get((clipped, state))))
+    return out
+
+
+any_adaptive = st.sampled_from([*ADAPTIVE])
+any_scope = st.sampled_from([*NORMS])
+sizes_of_steps = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.0, 1.0, 2.0, 32.0]), min_size=1, max_size=8)
+
+
+@given(any_adaptive, any_scope, updates_of(**ORDINARY), sizes_of_steps)
+def test_a_clip_with_a_history_scales_down(name, scope, updates, sizes):
+    """Norms do not grow; at global scope they are at most the threshold, below which every bit stays."""
+    room = 1 + max(trees.tolerance(leaf.dtype) for leaf in jax.tree.leaves(updates))
+    for sized, clipped, state in run(name, scope, updates, sizes):
+        chex.assert_trees_all_equal_shapes_and_dtypes(clipped, sized)
+        chex.assert_tree_all_finite((clipped, state.norm, state.clip_rate))
+        before, after = (reference.p_norm(reference.flat(by_path(tree))) for tree in (sized, clipped))
+        assert after <= before * room + slack(updates)
+        if scope == "global":
+            assert after <= state.threshold * room + slack(updates)
+            if before <= state.threshold * (1 - 1e-6):
+                chex.assert_trees_all_equal(bits(clipped), bits(sized))
+
+
+@given(any_adaptive, any_scope, updates_of(**ORDINARY), sizes_of_steps)
+def test_types_of_a_history_do_not_change(name, scope, updates, sizes):
+    """The state has the structure, shapes and dtypes of that of `init`, and what it keeps is never NaN."""
+    tx, _ = of_history(name, scope)
+    with precision_of(updates):
+        initial = jax.eval_shape(tx.init, updates)
+    for _, _, state in run(name, scope, updates, [*sizes, np.nan]):
+        chex.assert_trees_all_equal_structs(state, initial)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, initial)
+        assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(state.rule))
+
+
+# Wrappers
+
+
+@functools.cache
+def skipping():
+    tx = lambda threshold: oc.skip_spikes(optax.trace(0.5), threshold)
+    update = jax.jit(lambda updates, state, threshold: tx(threshold).update(updates, state))
+    return update, tx(1.0).init, jax.jit(optax.trace(0.5).update)
+
+
+@given(updates_of(highest=30.0), factors, seeds, st.sampled_from([None, np.nan, np.inf]))
+def test_a_spike_leaves_no_trace(updates, factor, seed, bad):
+    """Above the threshold, or with a NaN or inf, updates are 0 and the optimizer keeps every bit; else it is alone."""
+    update, init, trace = skipping()
+    norm = reference.p_norm(reference.flat(by_path(updates)))
+    threshold = np.float32(min(max(norm, 1e-20) * factor, LARGEST))
+    assume(bad is not None or not 1 - 1e-5 < norm / threshold < 1 + 1e-5)
+    with precision_of(updates):
+        _, state = update(jax.tree.map(np.ones_like, updates), init(updates), np.inf)
+        given_ = updates if bad is None else break_one(updates, seed, bad)[0]
+        new, after = jax.device_get(update(given_, state, threshold))
+        alone, _ = jax.device_get(trace(updates, state.inner_state))
+        state = jax.device_get(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes((new, after), (alone, state))
+    if bad is None and norm <= threshold:
+        for name, leaf in by_path(new).items():
+            relative, absolute = rounding(leaf)
+            wide = reference.wide(by_path(alone)[name])
+            np.testing.assert_allclose(reference.wide(leaf), wide, rtol=relative, atol=absolute)
+        assert after.total_skipped == 0
+    else:
+        assert not any(leaf.any() for leaf in jax.tree.leaves(new))
+        chex.assert_trees_all_equal(bits(after.inner_state), bits(state.inner_state))
+        assert (after.total_skipped, after.consecutive_skipped) == (1, 1)
+
+
+PER = ["element", "leaf"]
+
+
+@functools.cache
+def wrapped(case, wrap):
+    """A compiled step of a clip inside a wrapper, from a fresh state."""
+    make = {
+        "feedback": lambda clip, *_: oc.with_error_feedback(clip),
+        "element": oc.clip_randomly,
+        "leaf": functools.partial(oc.clip_randomly, per="leaf"),
+    }[wrap]
+
+    def update(updates, threshold, carry, *arguments):
+        tx, params = make(case.make(threshold), *arguments), jax.tree.map(jnp.zeros_like, updates)
+        state = tx.init(params)
+        return tx.update(updates, state._replace(carry=carry) if wrap == "feedback" else state, params)
+
+    return jax.jit(update)
+
+
+@given(any_clip, updates_of(lowest=-6.0, highest=4.0, decades=6.0, kinds=FEW, extremes=False), factors, seeds)
+def test_feedback_loses_nothing(case, updates, factor, seed):
+    """What comes out and the carry add up to what went in and the carry before, to roundings of the carry."""
+    random = np.random.default_rng(seed)
+    with precision_of(updates):
+        zero = oc.with_error_feedback(oc.clip(1.0)).init(updates).carry
+        carry = jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), zero)
+        new, state = jax.device_get(wrapped(case, "feedback")(updates, np.float32(factor), carry))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state.carry, carry)
+    for name, leaf in by_path(updates).items():
+        terms = [reference.wide(by_path(tree)[name]) for tree in (updates, carry, new, state.carry)]
+        size = sum(map(np.abs, terms))
+        error = np.abs(terms[0] + terms[1] - terms[2] - terms[3])
+        assert (error <= 2.0**-22 * size + 2.0**-120).all(), name
+        assert leaf.dtype == by_path(new)[name].dtype
+
+
+@given(
+    any_clip,
+    updates_of(kinds=FEW),
+    factors,
+    st.sampled_from(["element", "leaf"]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    seeds,
+)
+def test_random_clips_choose_between_two(case, updates, factor, per, probability, seed):
+    """Every entry is that of the clip or the one before: by leaf all of one kind, and all or none at the ends."""
+    clipped, _ = step(case, updates, factor)
+    with precision_of(updates):
+        arguments = (np.float32(probability), np.uint32([seed, 1]))
+        new, _ = jax.device_get(wrapped(case, per)(updates, np.float32(factor), None, *arguments))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, updates)
+    for name, leaf in by_path(new).items():
+        same = [(bits(leaf) == bits(by_path(tree)[name])).all(axis=1) for tree in (updates, clipped)]
+        # Another program may round otherwise.
+        other = reference.wide(by_path(clipped)[name])
+        relative, absolute = rounding(leaf)
+        near = np.isclose(reference.wide(leaf), other, rtol=relative, atol=absolute, equal_nan=True)
+        of_clip = same[1] | np.ravel(near)
+        assert (same[0] | of_clip).all()
+        if probability == 1.0:
+            assert of_clip.all()
+        elif probability == 0.0:
+            assert same[0].all()
+        elif per == "leaf":
+            assert same[0].all() or of_clip.all()
+
+
+# Weights
+
+REAL = pool(("float32", "float32", "bfloat16", "float16", "float64"))
+WEIGHTS = [*REAL, *pool(("float32", "complex64", "complex128"), 3)]
+BY_ENTRY = {"clip_weights": oc.clip_weights, "prune_weights": oc.prune_weights}
+BY_LEAF = {
+    "clip_weight_norm": oc.clip_weight_norm,
+    "rescale_weights": lambda bound: oc.rescale_weights(-bound, bound),
+    "project_weights": lambda bound: oc.project_weights(optax.projections.projection_non_negative),
+}
+
+
+@functools.cache
+def landing(name):
+    """The weights after a compiled step of a clip of weights, or of nothing."""
+
+    def land(weights, updates, bound):
+        tx = (BY_ENTRY | BY_LEAF)[name](bound) if name else optax.identity()
+        updates, state = tx.update(updates, tx.init(weights), weights)
+        return optax.apply_updates(weights, updates), state
+
+    return jax.jit(land)
+
+
+def landed(name, weights, updates, bound):
+    with precision_of(weights):
+        return jax.device_get(landing(name)(weights, updates, np.float32(bound)))
+
+
+def moved_by(weights, seed):
+    """Updates of the size of the weights, or much smaller or larger."""
+    random = np.random.default_rng(seed)
+    factor = 10.0 ** random.choice([-6, -1, 0, 0, 1])
+    move = lambda x: (np.clip(reference.wide(x) * factor * random.normal(size=x.shape), -6e4, 6e4)).astype(x.dtype)
+    return jax.tree.map(move, weights)
+
+
+@given(
+    st.sampled_from([*BY_ENTRY]),
+    updates_of(highest=4.5, kinds=WEIGHTS, extremes=False),
+    seeds,
+    st.floats(-8.0, 4.0),
+)
+def test_weights_end_on_the_right_side(name, weights, seed, power):
+    """No real weight lies outside of a bound (inside, if pruned) by a rounding, no complex one by more than a few."""
+    bound = float(np.float32(10.0**power))
+    updates = moved_by(weights, seed)
+    out, state = landed(name, weights, updates, bound)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
+    for leaf in jax.tree.leaves(out):
+        room = 0.0 if leaf.dtype.kind != "c" else trees.tolerance(leaf.dtype)
+        size = np.abs(reference.wide(leaf))
+        if name == "clip_weights":
+            assert (size <= bound * (1 + room)).all()
+        else:
+            assert ((size == 0) | (size > bound * (1 - room))).all()
+    assert 0 <= state.touched <= 1
+
+
+@given(st.sampled_from([*BY_ENTRY, "clip_weight_norm"]), updates_of(highest=4.5, kinds=WEIGHTS, extremes=False), seeds)
+def test_weights_without_a_bound_land_as_they_would(name, weights, seed):
+    """Under a bound of inf (0 for pruning) weights end where they would without a clip."""
+    updates = moved_by(weights, seed)
+    plain, _ = landed(None, weights, updates, 0.0)
+    out, _ = landed(name, weights, updates, 0.0 if name == "prune_weights" else np.inf)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
+    for key, leaf in by_path(out).items():
+        before, after = reference.wide(by_path(weights)[key]), reference.wide(by_path(plain)[key])
+        largest = np.maximum(np.abs(before), np.abs(after))
+        relative, absolute = rounding(leaf)
+        assert (np.abs(reference.wide(leaf) - after) <= 4 * relative * largest + 4 * absolute).all(), key
+
+
+@given(
+    st.sampled_from([*BY_LEAF]),
+    updates_of(lowest=-3.0, highest=3.0, decades=4.0, kinds=REAL, extremes=False),
+    seeds,
+    st.floats(-2.0, 2.0),
+)
+def test_weights_end_in_the_set(name, weights, seed, power):
+    """Norms, ranges and signs hold to a few roundings of the old or the new weights; where they held nothing moves."""
+    bound = float(np.float32(10.0**power))
+    out, _ = landed(name, weights, moved_by(weights, seed), bound)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
+    for key, leaf in by_path(out).items():
+        if not leaf.size:
+            continue
+        before, after = reference.wide(by_path(weights)[key]), reference.wide(leaf)
+        relative, absolute = rounding(leaf)
+        room = 4 * (relative * np.maximum(np.abs(before), np.abs(after)) + absolute)
+        if name == "clip_weight_norm":
+            axes = reference.axes_by_rank(leaf.shape)
+            excess = reference.p_norm(after, 2, axes) - bound
+            assert (excess <= np.sqrt(np.sum(room**2, axis=axes, keepdims=True)) + 1e-6 * bound).all()
+        else:
+            low = 0.0 if name == "project_weights" else -bound
+            assert (after >= low - room).all()
+            if name == "rescale_weights":
+                assert (after <= bound + room).all()
+
+
+@given(st.sampled_from([*BY_ENTRY]), updates_of(highest=4.5, kinds=REAL, extremes=False), seeds, st.floats(-8.0, 4.0))
+def test_a_second_clip_of_weights_changes_nothing(name, weights, seed, power):
+    """Weights that are inside, and do not move, stay where they are."""
+    bound = 10.0**power
+    once, _ = landed(name, weights, moved_by(weights, seed), bound)
+    twice, _ = landed(name, once, jax.tree.map(np.zeros_like, weights), bound)
+    assert_same(twice, once)
