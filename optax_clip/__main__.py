@@ -141,7 +141,7 @@ def _column(rows: list[list[str]], path: pathlib.Path, key: str | None) -> tuple
         fit = [i for i, cells in enumerate(columns) if len(columns) == 1 or _is_numeric(cells)]
     if len(fit) != 1:
         wanted, found = "of numbers" if key is None else f"named {key!r}", _listed(names) if header else "unnamed ones"
-        raise ValueError(f"{path}: found {len(fit)} columns {wanted} among {found}. Name one, by --key in a header.")
+        raise ValueError(f"{path}: found {len(fit)} columns {wanted} among {found}. Name one of the header by --key.")
     return fit[0], int(header)
 
 

@@ -33,9 +33,9 @@ def broadcast(prefix: Any, tree: Any, *, caller: str, name: str, is_leaf: Callab
             tree,
             is_leaf=lambda x: x is None or (is_leaf is not None and is_leaf(x)),
         )
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
-            f"{caller}: {name} does not fit the updates: {str(error).rstrip('.')}. "
+            f"{caller}: {name} does not fit the updates: {_checks.misfit(prefix, tree, is_leaf)}. "
             "It must be one value or a prefix of the tree of updates, of the same containers."
         ) from None
     return entries

@@ -48,15 +48,18 @@ def scalar(
     kinds: str = "",
 ) -> None:
     """Raises unless `value` is a real scalar; where its value is known, also unless it lies in [low, high]."""
+    one = kinds == NUMBER
     kinds = kinds or "a number, a scalar array, a schedule, or None"
     if isinstance(value, _NOT_REAL) or not hasattr(value, "__float__"):
         raise TypeError(f"{caller}: {name} must be {kinds}, got {_show(value)}. Pass one of these.")
     shape, dtype = jnp.shape(value), getattr(value, "dtype", np.dtype(float))
     if shape != ():
-        raise ValueError(
-            f"{caller}: {name} must be a scalar, got an array of shape {shape}. "
+        trees = (
             "For a number for each leaf pass a tree of scalars, where blocks are leaves or smaller; for each group use "
             "clip_by_group_norm."
+        )
+        raise ValueError(
+            f"{caller}: {name} must be a scalar, got an array of shape {shape}. {'Pass one number.' if one else trees}"
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{caller}: {name} must be {kinds}, got dtype {dtype}. Pass a real number.")
@@ -67,7 +70,8 @@ def scalar(
     if known is None:
         return
     if math.isnan(known):
-        raise ValueError(f"{caller}: {name} must be a number, got {known}. Every update would become NaN.")
+        why_not = "Pass one." if one else "Every update would become NaN."
+        raise ValueError(f"{caller}: {name} must be a number, got {known}. {why_not}")
     if low is not None and known < low:
         raise ValueError(f"{caller}: {name} must be >= {low:g}, got {known:g}.{why or ' Pass a larger number.'}")
     if high is not None and known > high:
@@ -80,7 +84,7 @@ def ordered(low_value: Any, high_value: Any, *, caller: str, low: str, high: str
     if known[0] is not None and known[1] is not None and known[0] > known[1]:
         raise ValueError(
             f"{caller}: {low} must be <= {high}, got {known[0]:g} > {known[1]:g}. "
-            "Exchange them, or pass None for no bound."
+            "Exchange them, or pass None for one of them."
         )
 
 
@@ -213,9 +217,9 @@ def params_like(updates: Any, params: Any, *, caller: str) -> list:
     pairs = []
     try:
         jax.tree.map(lambda u, p: pairs.append((u, p)), updates, params, is_leaf=lambda x: x is None)
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
-            f"{caller}: params must have the structure of the updates. {error}. "
+            f"{caller}: params must have the structure of the updates: {misfit(params, updates)}. "
             "Pass the parameters that the updates belong to."
         ) from None
     pairs = [(u, p) for u, p in pairs if u is not None]
@@ -226,6 +230,22 @@ def params_like(updates: Any, params: Any, *, caller: str) -> list:
                 f"the updates have {jnp.shape(u)}. Pass the parameters that the updates belong to."
             )
     return [p for _, p in pairs]
+
+
+def misfit(tree: Any, updates: Any, is_leaf: Callable[[Any], bool] | None = None) -> str:
+    """Where a tree or prefix tree and the updates part ways; what JAX says of it has many lines, and whole arrays."""
+    is_entry = lambda x: x is None or (is_leaf is not None and is_leaf(x))
+    entries = {path: None for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry)}
+    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: x is None)]
+    above = lambda path: [path[:n] for n in range(len(path) + 1)]
+    for path in leaves:
+        if not any(start in entries for start in above(path)):
+            return f"there is nothing for {jax.tree_util.keystr(path)}" if path else "the updates are a single leaf"
+    known = {start for path in leaves for start in above(path)}
+    for path in entries:
+        if path not in known:
+            return f"the updates have no {jax.tree_util.keystr(path)}"
+    return "containers are of other types"
 
 
 def _show(value: object) -> str:

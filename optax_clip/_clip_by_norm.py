@@ -119,8 +119,12 @@ def norm_step(
 
     def step_fn(updates, state, params):
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
-        thresholds, rule = blocks.thresholds(state.rule, params)
-        pairs = [_scale_and_factor(n, t, respond) for n, t in zip(blocks.norms, thresholds)]
+        try:
+            thresholds, rule = blocks.thresholds(state.rule, params)
+            pairs = [_scale_and_factor(n, t, respond, caller) for n, t in zip(blocks.norms, thresholds)]
+        except (TypeError, ValueError):
+            blocks.check_state(state.rule)
+            raise
         scales, factors = [scale for scale, _ in pairs], [factor for _, factor in pairs]
         by_block = blocks.packing.unpack_to_kernels(factors)
         leaves, treedef = jax.tree.flatten(updates)
@@ -186,6 +190,15 @@ class _Blocks:
     def init(self) -> Any:
         return self._merge([rule.init(tuple(self.norms[i] for i in own)) for rule, own in self._by_rule()])
 
+    def check_state(self, state: Any) -> None:
+        """Raises where the state is that of other blocks. Takes a trace of `init`: only where something went wrong."""
+        needed, given = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (jax.eval_shape(self.init), state))
+        if needed != given:
+            raise ValueError(
+                f"{self.caller}: the state must be that of these updates, got arrays of shapes {given[:5]} where they "
+                f"need {needed[:5]}. Pass updates of the parameters that init saw, or make a new state."
+            )
+
     def _merge(self, states: list) -> Any:
         """The state of a single rule; for a tree of rules a tuple of theirs."""
         return states[0] if self.single else tuple(states)
@@ -212,7 +225,9 @@ class _Blocks:
         return jax.tree.structure(self.updates).unflatten(kept)
 
 
-def _scale_and_factor(norm: jax.Array, threshold: jax.Array, respond: Callable) -> tuple[jax.Array, jax.Array]:
+def _scale_and_factor(
+    norm: jax.Array, threshold: jax.Array, respond: Callable, caller: str
+) -> tuple[jax.Array, jax.Array]:
     """The scale of a block, to report, and what to multiply by: the scale; or, negative, the root of one that may leave
     the range of f32, to multiply by twice."""
     off = threshold == jnp.inf
@@ -222,7 +237,8 @@ def _scale_and_factor(norm: jax.Array, threshold: jax.Array, respond: Callable) 
     answer = respond(n, t)
     if jnp.shape(answer) not in ((), norm.shape):
         raise ValueError(
-            f"response: it must return a factor for each norm, got shape {jnp.shape(answer)} for {norm.shape} norms. "
+            f"{caller}: response must return a factor for each norm, got shape {jnp.shape(answer)} for norms of shape "
+            f"{norm.shape}. "
             "It is a function of two arrays, norm and threshold, entry by entry."
         )
     scale = jnp.where(live, answer, jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)

@@ -244,9 +244,10 @@ def clip_by_group_norm(
         tree = labels(updates) if _checks.is_function(labels) else labels
         missing = _checks.labels(tree, caller=caller) - set(rules)
         if missing:
+            lacking, there = (", ".join(sorted(map(repr, keys))) or "none" for keys in (missing, rules))
             raise ValueError(
-                f"{caller}: labels {sorted(map(repr, missing))} have no threshold in max_norms, which has "
-                f"{sorted(map(repr, rules))}. Add them; None leaves a group alone."
+                f"{caller}: labels has {lacking} without a threshold in max_norms, which has {there}. Add what is "
+                "missing; None leaves a group alone."
             )
         thresholds = jax.tree.map(lambda label: rules.get(label, idle), tree, is_leaf=lambda label: label is None)
         every = [*rules.values(), idle]

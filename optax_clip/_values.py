@@ -165,7 +165,7 @@ def check_bounds(tree: Any, *, caller: str, name: str, low: float | None = None)
                 "clip_weight_norm."
             )
         if not _checks.is_function(value):
-            _checks.scalar(value, caller=caller, name=name, low=low, why=" A negative bound leaves nothing inside.")
+            _checks.scalar(value, caller=caller, name=name, low=low, why=" Magnitudes are not negative.")
 
 
 def bounds_at(

@@ -82,13 +82,12 @@ def with_error_feedback(
         return ErrorFeedbackState(jax.tree.map(nothing, params), clip.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        try:
-            sums = _map(_sum, updates, state.carry)
-        except ValueError as error:
+        if difference := _difference(updates, state.carry):
             raise ValueError(
-                f"{caller}: updates must have the structure of the parameters that init saw. {error}. "
+                f"{caller}: updates must have structure and shapes of the parameters that init saw: {difference}. "
                 "Pass updates of these parameters, or make a new state."
-            ) from None
+            )
+        sums = _map(_sum, updates, state.carry)
         clipped, inner_state = update_inner(sums, state.inner_state, params, **extra_args)
         new = _map(lambda x, carry, y: _rounded(y, x), updates, state.carry, clipped)
         left = _map(lambda carry, x, y, s: _left(s, y, carry), state.carry, updates, new, sums)
@@ -108,10 +107,24 @@ def _map(function: Callable, first: Any, second: Any, *rest: Any) -> Any:
     )
 
 
+def _difference(updates: Any, carry: Any) -> str:
+    """How the updates differ from those that the carry is for, in words; nothing where they do not."""
+    different = []
+
+    def compare(x, y):
+        shape, there = jnp.shape(x), jax.tree.map(jnp.shape, y)
+        if shape != there:
+            different.append(f"an update of shape {shape} has a carry of shape {there}")
+
+    try:
+        _map(compare, updates, carry)
+    except ValueError:
+        return _checks.misfit(carry, updates)
+    return next(iter(different), "")
+
+
 def _sum(x: Any, carry: Any) -> jax.Array:
     x = at_least_f32(jnp.asarray(x))
-    if jnp.shape(carry) != x.shape:
-        raise ValueError(f"an update of shape {x.shape} has a carry of shape {jnp.shape(carry)}")
     return x + carry.astype(x.dtype)
 
 

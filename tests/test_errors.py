@@ -250,6 +250,13 @@ def test_norm_that_does_not_fit():
     )
 
 
+@pytest.mark.parametrize("clip", [oc.clip_by_global_norm, oc.clip_by_leaf_norm, oc.clip_by_block_rms])
+def test_response_of_a_wrong_shape(clip):
+    """A response that returns no factor for each norm is refused under the name of the clip."""
+    tx = clip(1.0, response=lambda norm, threshold: jnp.ones(7))
+    assert_raises(lambda: step(tx), ValueError, f"^{clip.__name__}", "response must return a factor", r"\(7,\)")
+
+
 # Order and axes
 
 ORDS = {
@@ -431,6 +438,28 @@ def test_params_that_do_not_belong_to_the_updates(name, case):
     tx = NEEDS_PARAMS[name]
     parts = (f"^({CALLERS.get(name, name)}): ", "param", "Pass|Use")
     assert_raises(lambda: tx.update(GRADS, tx.init(GRADS), WRONG_PARAMS[case]), ValueError, *parts)
+
+
+# States
+
+KEEPING = {
+    "adagc": oc.adagc,
+    "autoclip": functools.partial(oc.autoclip, norm=oc.leaf_norm),
+    "zclip": functools.partial(oc.zclip, norm=oc.unit_norm),
+    "clip_by_sigma": functools.partial(oc.clip_by_sigma, norm=oc.group_norm({"w": "a", "b": "b"})),
+    "clip_by_leaf_norm": lambda: oc.clip_by_leaf_norm(oc.minimum(1.0, oc.z_score())),
+    "skip_spikes": lambda: oc.skip_spikes(optax.sgd(0.1), oc.z_score(), norm=oc.leaf_norm),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_state_of_other_updates(name):
+    """A state with histories of other blocks is refused under the name of the clip, eager and compiled."""
+    tx, one = KEEPING[name](), {"w": jnp.ones((4, 6)), "b": None}
+    for seen, updates in ((one, GRADS), (GRADS, one)):
+        for update in (tx.update, jax.jit(tx.update)):
+            call = functools.partial(update, updates, tx.init(seen))
+            assert_raises(call, ValueError, f"^{name}", "state must be that of these updates", "init saw", "new state")
 
 
 # Meshes
