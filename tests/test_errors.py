@@ -4,6 +4,8 @@ import functools
 import math
 import re
 
+import chex
+import clips
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -578,3 +580,44 @@ def test_adaptive_arguments_are_checked(text):
         BAD_CALLS[text]()
     message = str(caught.value)
     assert message.startswith(text) and message.count(". ") >= 1 and message.endswith(".")
+
+
+# Compiled code
+
+TRACED = {case.name: case.make for case in clips.CLIPS} | {
+    "clip_by_value from both sides": lambda t: oc.clip_by_value(t, -t),
+    "clip_by_norm_range from both sides": lambda t: oc.clip_by_norm_range(t, t),
+    "autoclip": lambda t: oc.autoclip(t, 4),
+    "zclip": lambda t: oc.zclip(t, t, t, factor=t),
+    "adagc": lambda t: oc.adagc(t, t, t, t),
+    "clip_by_sigma": lambda t: oc.clip_by_sigma(t, 4),
+    "clip_weights": oc.clip_weights,
+    "prune_weights": oc.prune_weights,
+    "clip_weight_norm": oc.clip_weight_norm,
+    "rescale_weights": lambda t: oc.rescale_weights(t, -t),
+    "project_weights": lambda t: oc.project_weights(
+        functools.partial(optax.projections.projection_l2_ball, scale=t),
+    ),
+    "skip_spikes": lambda t: oc.skip_spikes(optax.adam(0.1), t),
+    "with_error_feedback": lambda t: oc.with_error_feedback(oc.clip_by_global_norm(t)),
+    "clip_randomly": lambda t: oc.clip_randomly(oc.clip(t), t),
+    "clip_randomly by leaf": lambda t: oc.clip_randomly(oc.clip(t), t, per="leaf"),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_values_in_a_compiled_update_raise_nothing(name):
+    """Thresholds and updates of any value pass through one compiled program, in shapes and dtypes of the updates."""
+
+    @jax.jit
+    def steps(threshold, updates):
+        tx = TRACED[name](threshold)
+        state = tx.init(GRADS)
+        for _ in range(2):
+            new, state = tx.update(updates, state, GRADS)
+        return new
+
+    for threshold in (math.nan, -1.0, INF, 0.0, 1.0):
+        for entry in (math.nan, INF, -INF, 0.0, 2.0):
+            updates = GRADS | {"b": GRADS["b"].at[0].set(entry)}
+            chex.assert_trees_all_equal_shapes_and_dtypes(steps(threshold, updates), updates)
