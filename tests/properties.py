@@ -154,7 +154,8 @@ def assert_same(actual, expected):
 def rounding(leaf) -> tuple[float, float]:
     """Relative and absolute error of a number that was rounded to the leaf's dtype once."""
     info = jnp.finfo(leaf.dtype)
-    return max(float(info.eps), trees.tolerance(jnp.float32)), max(SMALLEST, float(info.smallest_normal * info.eps))
+    absolute = max(SMALLEST, float(info.smallest_normal * info.eps))
+    return max(float(info.eps), trees.tolerance(jnp.float32)), absolute * (2 if leaf.dtype.kind == "c" else 1)
 
 
 def slack(updates) -> float:

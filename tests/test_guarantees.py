@@ -92,6 +92,7 @@ def test_bit_identical_up_to_the_threshold(case, updates, factor, form):
     else:
         assume(in_range(case, updates))
         largest = largest_norm(case, updates)
+    assume(largest * (1 + 1e-6) <= LARGEST)
     threshold = min(largest * (1 + 1e-6) * max(factor, 1.0) + SMALLEST, LARGEST)
     clipped, _ = step(case, updates, threshold, form)
     chex.assert_trees_all_equal(bits(clipped), bits(updates))
