@@ -137,8 +137,14 @@ def by_path(updates) -> dict:
 
 
 def bits(tree):
-    """The bytes of each entry, a row for an entry."""
-    return jax.tree.map(lambda x: np.ravel(x).view(np.uint8).reshape(np.size(x), x.dtype.itemsize), tree)
+    """The bytes of each entry, a row for an entry; all NaN are alike, as processors change their bits."""
+
+    def of_leaf(x):
+        x = np.ravel(x)
+        x = np.where(np.isnan(x), x.dtype.type(np.nan), x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        return x.view(np.uint8).reshape(x.size, x.dtype.itemsize)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def assert_same(actual, expected):
