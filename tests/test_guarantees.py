@@ -14,6 +14,7 @@ import trees
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties import (
+    DTYPES,
     LARGEST,
     SMALLEST,
     WIDE,
@@ -41,7 +42,7 @@ from properties import (
 
 import optax_clip as oc
 
-FEW = pool(normal=3, long=12)
+FEW = pool(long=12)
 WIDE_TREES = pool(WIDE)
 
 
@@ -302,3 +303,11 @@ def test_norms_of_every_order(updates, ord):
 @functools.cache
 def leaf_norms(ord):
     return jax.jit(functools.partial(oc.leaf_norm, ord=ord))
+
+
+def test_trees_have_every_dtype_and_rank():
+    """The trees of the normal profile too have every dtype, ranks 0 to 5, and leaves without entries."""
+    leaves = jax.tree.leaves(pool())
+    assert {str(leaf.dtype) for leaf in leaves} == set(DTYPES)
+    assert {leaf.ndim for leaf in leaves} == set(range(6))
+    assert any(leaf.size == 0 for leaf in leaves)

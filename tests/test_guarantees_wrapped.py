@@ -30,7 +30,7 @@ from properties import (
 
 import optax_clip as oc
 
-FEW = pool(normal=3, long=12)
+FEW = pool(long=12)
 ORDINARY = {"lowest": -6.0, "highest": 2.0, "decades": 4.0, "kinds": FEW, "extremes": False}
 NORMS = {"global": oc.global_norm, "leaf": oc.leaf_norm, "unit": oc.unit_norm}
 ADAPTIVE = {
@@ -201,7 +201,7 @@ def test_random_clips_choose_between_two(case, updates, factor, per, probability
 # Weights
 
 REAL = pool(("float32", "float32", "bfloat16", "float16", "float64"))
-WEIGHTS = [*REAL, *pool(("float32", "complex64", "complex128"), 3)]
+WEIGHTS = [*REAL, *pool(("float32", "complex64", "complex128"))]
 BY_ENTRY = {"clip_weights": oc.clip_weights, "prune_weights": oc.prune_weights}
 BY_LEAF = {
     "clip_weight_norm": oc.clip_weight_norm,
@@ -228,16 +228,20 @@ def landed(name, weights, updates, bound):
 
 
 def moved_by(weights, seed):
-    """Updates of the size of the weights, or much smaller or larger."""
+    """Updates of the size of the weights, or much smaller or larger; sums stay in the range of f16."""
     random = np.random.default_rng(seed)
     factor = 10.0 ** random.choice([-6, -1, 0, 0, 1])
-    move = lambda x: (np.clip(reference.wide(x) * factor * random.normal(size=x.shape), -6e4, 6e4)).astype(x.dtype)
+
+    def move(x):
+        moved = reference.wide(x) * factor * random.normal(size=x.shape)
+        return (moved / np.maximum(1.0, np.abs(moved) / 2e4)).astype(x.dtype)
+
     return jax.tree.map(move, weights)
 
 
 @given(
     st.sampled_from([*BY_ENTRY]),
-    updates_of(highest=4.5, kinds=WEIGHTS, extremes=False),
+    updates_of(highest=4.0, kinds=WEIGHTS, extremes=False),
     seeds,
     st.floats(-8.0, 4.0),
 )
@@ -257,7 +261,7 @@ def test_weights_end_on_the_right_side(name, weights, seed, power):
     assert 0 <= state.touched <= 1
 
 
-@given(st.sampled_from([*BY_ENTRY, "clip_weight_norm"]), updates_of(highest=4.5, kinds=WEIGHTS, extremes=False), seeds)
+@given(st.sampled_from([*BY_ENTRY, "clip_weight_norm"]), updates_of(highest=4.0, kinds=WEIGHTS, extremes=False), seeds)
 def test_weights_without_a_bound_land_as_they_would(name, weights, seed):
     """Under a bound of inf (0 for pruning) weights end where they would without a clip."""
     updates = moved_by(weights, seed)
@@ -299,7 +303,7 @@ def test_weights_end_in_the_set(name, weights, seed, power):
                 assert (after <= bound + room).all()
 
 
-@given(st.sampled_from([*BY_ENTRY]), updates_of(highest=4.5, kinds=REAL, extremes=False), seeds, st.floats(-8.0, 4.0))
+@given(st.sampled_from([*BY_ENTRY]), updates_of(highest=4.0, kinds=REAL, extremes=False), seeds, st.floats(-8.0, 4.0))
 def test_a_second_clip_of_weights_changes_nothing(name, weights, seed, power):
     """Weights that are inside, and do not move, stay where they are."""
     bound = 10.0**power

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason='torch is not installed: pip install
 EPS = 1e-6  # which torch adds to the norm that it divides by
 KINDS = [  # torch has no largest entry of an empty leaf
     kind
-    for kind in properties.pool(("float32", "float32", "float64"), normal=4)
+    for kind in properties.pool(("float32", "float32", "float64"))
     if all(np.prod(leaf.shape) for leaf in jax.tree.leaves(kind))
 ]
 ordinary = properties.updates_of(lowest=-3.0, highest=6.0, decades=6.0, kinds=KINDS, extremes=False)
