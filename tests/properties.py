@@ -53,12 +53,13 @@ def random_kinds(seed: int, dtypes=DTYPES):
     return leaves[0]
 
 
-def pool(dtypes=DTYPES, long=40) -> list:
+@functools.cache
+def pool(dtypes=DTYPES, long=16) -> tuple:
     """Trees with an entry at least: three in the normal profile, since every tree is another program for every clip."""
     count = 3 if PROFILE == "normal" else long
     kinds = (random_kinds(seed, dtypes) for seed in itertools.count(27))  # the first three have every dtype and rank
     full = (kind for kind in kinds if any(np.prod(leaf.shape) for leaf in jax.tree.leaves(kind)))
-    return list(itertools.islice(full, count))
+    return tuple(itertools.islice(full, count))
 
 
 any_clip = st.sampled_from(clips.CLIPS)

@@ -42,7 +42,7 @@ from properties import (
 
 import optax_clip as oc
 
-FEW = pool(long=12)
+FEW = pool(long=8)
 WIDE_TREES = pool(WIDE)
 
 

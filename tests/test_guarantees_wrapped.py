@@ -30,7 +30,7 @@ from properties import (
 
 import optax_clip as oc
 
-FEW = pool(long=12)
+FEW = pool(long=8)
 ORDINARY = {"lowest": -6.0, "highest": 2.0, "decades": 4.0, "kinds": FEW, "extremes": False}
 NORMS = {"global": oc.global_norm, "leaf": oc.leaf_norm, "unit": oc.unit_norm}
 ADAPTIVE = {
