@@ -567,6 +567,8 @@ def test_empty_trees(case, empty):
         assert new_state.step == 1
         if case.measure is not None:
             assert new_state.norm == 0 and new_state.clip_rate == 0
+        if case.scope in ("leaf", "unit", "group"):  # there is no block to take a mean of
+            assert new_state.threshold == 0 and new_state.scale == 1
 
 
 # Complex leaves

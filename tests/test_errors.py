@@ -202,6 +202,12 @@ def test_bounds_that_cross(name):
     assert_raises(CROSSED[name], ValueError, caller, *ENDS[caller], "got 2 > 1", "Exchange")
 
 
+@pytest.mark.parametrize("caller", ENDS)
+def test_bounds_that_meet(caller):
+    """A lower bound at the upper one is no error: it leaves one value."""
+    step(getattr(oc, caller)(1.0, 1.0))
+
+
 @pytest.mark.parametrize("bounds", [({"w": 2.0, "b": 0.0}, {"w": 1.0}), ({"w": {"x": 2.0}}, {"w": 1.0})], ids=str)
 def test_trees_of_bounds_that_fit_neither_each_other_nor_the_updates(bounds):
     """Bounds as trees of different structure are refused at the latest when they meet the updates."""

@@ -50,13 +50,13 @@ def test_every_norm_clip_takes_a_response(name, response):
 
 
 @every_response
-@pytest.mark.parametrize("ratio", [1e-6, 0.1, 1.0, 3.0, 1e6])
+@pytest.mark.parametrize("ratio", [1e-6, 0.009, 0.1, 1.0, 3.0, 1e6])
 def test_small_medium_and_large_norms(response, ratio):
     """The documented factor for norms far below, at and far above the threshold."""
     for threshold in (1e-20, 1.0, 1e20):
         norm = jnp.float32(ratio * threshold)
         scale = getattr(oc, response)(norm, jnp.float32(threshold))
-        assert float(scale) == pytest.approx(RESPONSES[response](ratio, 1.0), rel=1e-5)
+        assert float(scale) == pytest.approx(RESPONSES[response](ratio, 1.0), rel=1e-6)
 
 
 @smooth_ones
@@ -93,13 +93,6 @@ def test_derivative_at_zero_is_the_identity(response):
     chex.assert_trees_all_close(jacobian(jnp.full(3, 1e-20)), jnp.eye(3), atol=1e-6)
     by_threshold = jax.grad(lambda t: oc.clip_by_global_norm(t, response=response).update(zeros, state)[0].sum())
     assert by_threshold(0.5) == 0
-
-
-def test_a_response_of_another_shape_is_an_error():
-    """A response that does not return a factor for each norm is refused, not broadcast over the entries."""
-    tx = oc.clip_by_global_norm(1.0, response=lambda norm, threshold: jnp.ones(3))
-    with pytest.raises(ValueError, match=r"response: it must return a factor for each norm, got shape \(3,\)"):
-        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
 
 
 # Both ends of a range
