@@ -424,6 +424,14 @@ def test_missing_params(name):
         assert_raises(lambda tx=tx, state=state: jax.jit(tx.update)(GRADS, state), ValueError, *parts)
 
 
+@pytest.mark.parametrize("ends", [(0, 1), (1, 0)], ids=["upper", "lower"])
+def test_missing_params_for_one_end_of_a_range(ends):
+    """A range of norms needs params where either end does."""
+    values = (None, oc.param_fraction(0.1, oc.global_norm))
+    tx = oc.clip_by_norm_range(*(values[i] for i in ends))
+    assert_raises(lambda: tx.update(GRADS, tx.init(GRADS)), ValueError, "^clip_by_norm_range: params are missing")
+
+
 WRONG_PARAMS = {
     "fewer": {"w": jnp.ones((4, 5))},
     "more": GRADS | {"c": jnp.ones(2)},
@@ -547,7 +555,7 @@ def test_metrics_without_a_clip(tx):
 
 BAD_CALLS = {
     "quantile: percentile must be >= 0, got -1": lambda: oc.autoclip(-1),
-    "quantile: percentile must be <= 100, got 101": lambda: oc.autoclip(101),
+    "quantile: percentile must be <= 100, got 100.5": lambda: oc.autoclip(100.5),
     "quantile: percentile must be a number": lambda: oc.autoclip("10"),
     "quantile: percentile must fit a float": lambda: oc.autoclip(10**400),
     "quantile: window must be >= 1 and below 2^31, got int 0": lambda: oc.autoclip(10, 0),

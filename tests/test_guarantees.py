@@ -86,6 +86,22 @@ def test_bound_and_direction(case, updates, form, data):
     assert max(kept.values(), default=0.0) <= threshold * room + slack(updates)
 
 
+@given(st.sampled_from([case for case in clips.CLIPS if case.measure is None]), updates_of(), any_form, st.data())
+def test_entries_lie_inside_of_bounds(case, updates, form, data):
+    """Each entry is the nearest inside of the bound, which is rounded to the dtype of the leaf; phases are kept."""
+    threshold = data.draw(thresholds_of(updates))
+    clipped, _ = step(case, updates, threshold, form)
+    for name, leaf in by_path(clipped).items():
+        x, bound = reference.wide(by_path(updates)[name]), float(np.asarray(threshold, leaf.real.dtype))
+        size = np.abs(x)
+        if case.name == "clip_by_value" and leaf.dtype.kind != "c":  # the table's bounds one side
+            expected = np.minimum(x, bound)
+        else:
+            expected = np.where(size > bound, x / np.where(size == 0, 1.0, size) * bound, x)
+        relative = trees.tolerance(leaf.dtype) if leaf.dtype.kind == "c" else 0.0
+        np.testing.assert_allclose(reference.wide(leaf), expected, rtol=relative, atol=2 * SMALLEST, err_msg=name)
+
+
 @given(any_shrinking, updates_of(), factors, any_form)
 def test_bit_identical_up_to_the_threshold(case, updates, factor, form):
     """Updates whose norms are at most the threshold keep every bit."""

@@ -17,6 +17,7 @@ from test_contract import once, pair, run, stack, types
 from test_programs import ENTRIES, SHAPES, compiled_step, entry
 
 import optax_clip as oc
+from optax_clip._landing import rounded_to
 
 project = optax.projections
 CLIPS = {
@@ -132,6 +133,17 @@ def test_bounds_hold_exactly(make, of_weights, of_updates, how):
         finite = np.isfinite(np.asarray(weights).astype(np.float64) + np.asarray(updates).astype(np.float64))
         outside = ~(size <= bound) if make is oc.clip_weights else (size != 0) & ~(size > bound)
         assert not outside[finite].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounding_without_a_conversion(dtype):
+    """What is rounded inside f32 is what a conversion to the narrower dtype gives, subnormal numbers too."""
+    x = np.concatenate([cases(jnp.float32, 0), cases(dtype, 1).astype(jnp.float32) * 1.0009765])
+    x = x[(x == 0) | (np.abs(x) >= float(jnp.finfo(jnp.float32).smallest_normal))]  # which processors keep
+    with np.errstate(over="ignore"):
+        expected = x.astype(dtype).astype(np.float32)
+    for rounded in (rounded_to, jax.jit(rounded_to, static_argnums=1)):
+        np.testing.assert_array_equal(rounded(jnp.asarray(x), dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -116,7 +116,12 @@ def test_feedback_removes_the_bias_of_clipping():
 
 def test_what_is_not_clipped_is_untouched():
     """While nothing is clipped, updates keep every bit in every dtype and the carry stays 0."""
-    for tree in (trees.mixed(0), pair(0), {"x": jnp.array([1e-40, -0.0, 3e38])}):
+    for tree in (
+        trees.mixed(0),
+        pair(0),
+        {"x": jnp.array([1e-40, -0.0, 3e38])},
+        {"x": jnp.float16([6e-8, -4e-6, 5e-5])},
+    ):
         tx = oc.with_error_feedback(oc.clip(1e39))
         out, state = jax.jit(tx.update)(tree, tx.init(tree))
         chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
