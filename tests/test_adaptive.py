@@ -630,6 +630,15 @@ def test_minimum_with_a_share_of_the_parameters():
         thresholds_of(rule)
 
 
+@pytest.mark.parametrize(("ends", "size"), [((0, 1), 0.5), ((1, 0), 5.0)], ids=["lower", "upper"])
+def test_a_range_of_shares_of_the_parameters(ends, size):
+    """Either end of a range of norms may be a share of the norm of the parameters."""
+    values = (oc.param_fraction(0.2, oc.global_norm), None)
+    tx, params = oc.clip_by_norm_range(*(values[i] for i in ends)), jnp.array([3.0, 4.0])
+    updates, _ = tx.update(size * jnp.array([0.6, 0.8]), tx.init(params), params)
+    close(jnp.linalg.norm(updates), 1.0, rtol=1e-6)
+
+
 def test_a_transformation_of_optax_is_a_rule():
     """A chain of Optax is a threshold: a little above the average of the norms, into which no bad norm enters."""
     norms = RANDOM_NORMS.copy()

@@ -109,6 +109,33 @@ def test_updates_keep_dtypes_whatever_the_dtype_of_the_threshold(case, threshold
     chex.assert_trees_all_equal_shapes_and_dtypes(traced, updates)
 
 
+STATES = {  # what each is made of, behind the step, norm, threshold, scale and clip rate of a norm clip
+    "clip_by_global_norm": (lambda: oc.clip_by_global_norm(1.0), True, ""),
+    "schedule": (lambda: oc.clip_by_global_norm(schedule), True, "i"),
+    "clip_by_sigma": (lambda: oc.clip_by_sigma(window=4), True, "fii"),
+    "autoclip": (lambda: oc.autoclip(window=4), True, "ffii"),
+    "zclip": (oc.zclip, True, "iff"),
+    "adagc": (oc.adagc, True, "if"),
+    "clip": (lambda: oc.clip(1.0), False, "i"),
+    "clip_weights": (lambda: oc.clip_weights(1.0), False, "if"),
+    "rescale_weights": (oc.rescale_weights, False, "i"),
+    "with_error_feedback": (lambda: oc.with_error_feedback(oc.clip(1.0)), False, "fi"),
+    "clip_randomly": (lambda: oc.clip_randomly(oc.clip(1.0), 0.5), False, "ui"),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["32", "64"])
+@pytest.mark.parametrize("name", STATES)
+def test_states_have_32_bits(name, x64):
+    """Counters are i32, keys u32 and statistics f32, in 64-bit mode too."""
+    make, measures, rest = STATES[name]
+    with jax.enable_x64(x64):
+        leaves = jax.tree.leaves(make().init({"w": np.ones(3, np.float32)}))
+    assert [str(leaf.dtype) for leaf in leaves] == [
+        {"i": "int32", "f": "float32", "u": "uint32"}[kind] for kind in ("iffff" if measures else "") + rest
+    ]
+
+
 @every
 def test_f64_leaves_are_clipped_in_f64(case):
     """In 64-bit mode f64 leaves are measured and scaled in f64, f32 leaves beside them stay f32, the state too."""

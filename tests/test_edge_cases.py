@@ -571,6 +571,30 @@ def test_empty_trees(case, empty):
             assert new_state.threshold == 0 and new_state.scale == 1
 
 
+@pytest.mark.parametrize("tree", [{}, {"n": 7}, {"w": np.zeros((3, 0), np.float32)}], ids=str)
+def test_metrics_where_there_is_nothing_to_clip(tree):
+    """The whole tree is one block even if it is empty; units there are none, and none has a threshold."""
+    for tx, threshold in ((oc.clip_by_global_norm(2.0), 2.0), (oc.clip_by_unit_norm(2.0, axis=0), 0.0)):
+        _, state = tx.update(tree, tx.init(tree))
+        assert tuple(map(float, state[:5])) == (1, 0, threshold, 1, 0)
+
+
+def test_bounds_that_meet_leave_one_value():
+    """Where both ends are the same, each entry, magnitude or norm is that."""
+    x = jnp.array([-1.0, 0.5, 3.0])
+    clipped = lambda tx: tx.update(x, tx.init(x))[0]
+    chex.assert_trees_all_equal(clipped(oc.clip_by_value(1.0, 1.0)), jnp.ones(3))
+    chex.assert_trees_all_equal(clipped(oc.clip_by_magnitude(1.0, 1.0)), jnp.array([-1.0, 1.0, 1.0]))
+    chex.assert_trees_all_close(jnp.linalg.norm(clipped(oc.clip_by_norm_range(2.0, 2.0))), 2.0, rtol=1e-6)
+
+
+def test_threshold_0_for_entries_too_small_to_square():
+    """Entries whose squares are 0 become 0 under a threshold of 0 too."""
+    updates = {"a": jnp.array([1.2e-38]), "b": jnp.zeros(2)}
+    for tx in (oc.clip_by_global_norm(0.0), oc.clip_by_leaf_norm(0.0)):
+        chex.assert_trees_all_equal(tx.update(updates, tx.init(updates))[0], jax.tree.map(jnp.zeros_like, updates))
+
+
 # Complex leaves
 
 

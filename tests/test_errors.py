@@ -202,12 +202,6 @@ def test_bounds_that_cross(name):
     assert_raises(CROSSED[name], ValueError, caller, *ENDS[caller], "got 2 > 1", "Exchange")
 
 
-@pytest.mark.parametrize("caller", ENDS)
-def test_bounds_that_meet(caller):
-    """A lower bound at the upper one is no error: it leaves one value."""
-    step(getattr(oc, caller)(1.0, 1.0))
-
-
 @pytest.mark.parametrize("bounds", [({"w": 2.0, "b": 0.0}, {"w": 1.0}), ({"w": {"x": 2.0}}, {"w": 1.0})], ids=str)
 def test_trees_of_bounds_that_fit_neither_each_other_nor_the_updates(bounds):
     """Bounds as trees of different structure are refused at the latest when they meet the updates."""
@@ -564,6 +558,7 @@ BAD_CALLS = {
     "quantile: window must be a Python int, got a JAX array": lambda: oc.autoclip(10, jnp.array(3)),
     "z_score: z_max must be a number": lambda: oc.zclip(True),
     "z_score: decay must be <= 1, got 2": lambda: oc.zclip(decay=2),
+    "ema_ratio: decay must be <= 1, got 1.5": lambda: oc.adagc(decay=1.5),
     "z_score: warmup_steps must be >= 0, got -1": lambda: oc.zclip(warmup_steps=-1),
     "z_score: factor must be a number, got nan": lambda: oc.zclip(factor=math.nan),
     "z_score: spike must be one of": lambda: oc.zclip(spike="cut"),

@@ -31,7 +31,7 @@ from properties import (
 import optax_clip as oc
 
 FEW = pool(long=8)
-ORDINARY = {"lowest": -6.0, "highest": 2.0, "decades": 4.0, "kinds": FEW, "extremes": False}
+ORDINARY = {"lowest": -6.0, "highest": 0.5, "decades": 4.0, "kinds": FEW, "extremes": False}
 NORMS = {"global": oc.global_norm, "leaf": oc.leaf_norm, "unit": oc.unit_norm}
 ADAPTIVE = {
     "autoclip": lambda norm: oc.autoclip(50.0, 4, norm=norm),

@@ -136,6 +136,16 @@ def test_bounds_hold_exactly(make, of_weights, of_updates, how):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_traced_bounds_are_rounded_down_as_known_ones(dtype):
+    """A traced bound holds for weights of fewer bits, and is the same as one known at construction."""
+    zeros, ones = jnp.zeros(3, dtype), jnp.ones(3, dtype)
+    traced = jax.jit(lambda bound: landed(oc.clip_weights(bound), zeros, ones)[0])
+    for bound in np.float32([0.3, 0.7, 1.0, 5e-5, 3e-6, 3e-7, 1.1e-7, 0.0]):
+        out, known = (np.float32(x) for x in (traced(bound), landed(oc.clip_weights(float(bound)), zeros, ones)[0]))
+        assert (out <= bound).all() and (out == known).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_rounding_without_a_conversion(dtype):
     """What is rounded inside f32 is what a conversion to the narrower dtype gives, subnormal numbers too."""
     x = np.concatenate([cases(jnp.float32, 0), cases(dtype, 1).astype(jnp.float32) * 1.0009765])
@@ -540,6 +550,19 @@ def test_share_on_the_bound(bound):
     expected = {0.0: 1.0, 1e-40: None, 1e-20: 0.75, 0.3: 0.5, 1e20: 0.25, np.inf: 0.0}[bound]
     assert jnp.isfinite(state.touched)
     assert expected is None or state.touched == expected
+
+
+def test_share_is_exact_for_every_bound_and_step():
+    """No bound and no number of steps makes the count of weights on the bound miss one."""
+    bounds = jnp.linspace(0.001, 3.0, 4001)
+    share = lambda bound: landed(oc.clip_weights(bound), jnp.zeros(4), jnp.full(4, 5.0))[1].touched
+    assert (jax.vmap(share)(bounds) == 1).all()
+    tx = oc.clip_weights(1.0)
+    weights = {"a": jnp.array([1.0, 0.5, 0.25]), "b": jnp.array([0.5]), "c": jnp.array([1.0, 1.0])}
+    state, step = tx.init(weights), once(tx.update)
+    for _ in range(4):
+        _, state = step(jax.tree.map(jnp.zeros_like, weights), state, weights)
+        assert state.touched == 0.5
 
 
 # Programs

@@ -192,6 +192,15 @@ def test_sums_beyond_the_range_of_the_updates_are_carried(dtype):
     assert float(state.carry[0]) == 65504
 
 
+def test_tiny_updates_of_f16_are_rounded_once():
+    """Updates among the subnormal numbers of their dtype are the nearest ones, and the carry has the rest."""
+    tx = oc.with_error_feedback(optax.scale(1 / 3))
+    x = jnp.float16([3e-6, 5e-7, 6.1e-5, 2e-4, 6e-8])
+    out, state = once(tx.update)(x, tx.init(x))
+    np.testing.assert_array_equal(out, (np.float32(x) * np.float32(1 / 3)).astype(np.float16))
+    np.testing.assert_allclose(state.carry, np.float32(x) - np.float32(out), atol=1e-12)
+
+
 def test_f64_carry():
     """With 64 bits, f64 leaves carry in f64."""
     with jax.enable_x64(True):

@@ -124,6 +124,19 @@ def test_other_steps_are_those_of_the_optimizer(name):
     chex.assert_trees_all_close(floats(state.inner_state), floats(expected_state), rtol=1e-5, atol=1e-6)
 
 
+def test_states_that_change_places_or_are_set():
+    """A state that is passed on in another place, or set to a number, stays where it was in a skipped step."""
+    inner = optax.GradientTransformation(
+        lambda params: (jnp.array(1.0), jnp.array(2.0), jnp.array(3.0)),
+        lambda updates, state, params=None: (updates, (state[1], state[0], jnp.array(0.0))),
+    )
+    tx = oc.skip_spikes(inner, 1.0)
+    state = tx.init(jnp.zeros(1))
+    for size, expected in ((5.0, (1, 2, 3)), (0.5, (2, 1, 0))):
+        _, after = tx.update(jnp.array([size]), state)
+        chex.assert_trees_all_equal(after.inner_state, tuple(map(jnp.float32, expected)))
+
+
 def test_the_first_step_may_be_skipped():
     """Nothing but bad steps leaves the state of `init`."""
     tx, params = oc.skip_spikes(optax.adamw(0.1)), pair(9)

@@ -1,0 +1,73 @@
+"""What is computed in other ways on other devices gives the same numbers; all ways run on this one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+
+import optax_clip as oc
+
+NORMS = {
+    "global": oc.global_norm,
+    "leaf": oc.leaf_norm,
+    "unit": oc.unit_norm,
+    "rms": oc.block_rms,
+    "unit rms": functools.partial(oc.block_rms, axis=0),
+}
+
+
+@pytest.fixture(params=["cpu", "cuda", "default"])
+def as_on(request, monkeypatch):
+    """What runs on devices of this kind, on any."""
+    choose = lambda *args, default, **others: others.get(request.param, default)(*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def expected_norms(tree: dict) -> dict:
+    """The norms of f32 and complex leaves in float64."""
+    power = {name: np.abs(x.astype(np.complex128)) ** 2 for name, x in tree.items()}
+    units = {name: np.sum(x, axis=0, keepdims=x.ndim > 1) for name, x in power.items()}
+    return {
+        "global": np.sqrt(sum(x.sum() for x in power.values())),
+        "leaf": {name: np.sqrt(x.sum()) for name, x in power.items()},
+        "unit": {name: np.sqrt(x) for name, x in units.items()},
+        "rms": {name: np.sqrt(x.mean()) for name, x in power.items()},
+        "unit rms": {name: np.sqrt(x / len(tree[name])) for name, x in units.items()},
+    }
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(as_on, name):
+    """Over the range of f32, within leaves too, and for zeros, every way is exact."""
+    random, norm = np.random.default_rng(0), jax.jit(NORMS[name])
+    for exponent in (-88, -70, -62, -35, -3, 0, 20, 45, 60, 63, 64, 80, 100, 120):
+        for spread in (0, 60):
+            x = random.normal(size=(300, 7)) * 2.0 ** (exponent - spread * random.random((300, 7)))
+            tree = {"a": np.float32(x), "b": np.float32(x[0]), "c": np.complex64(x[:5] + 1j * x[5:10])}
+            tree["z"] = np.zeros((2, 3), np.float32)
+            for actual, expected in zip(jax.tree.leaves(norm(tree)), jax.tree.leaves(expected_norms(tree)[name])):
+                np.testing.assert_allclose(np.float64(actual), expected, rtol=1e-6, err_msg=f"2^{exponent}, {spread}")
+
+
+def test_norms_of_odd_leaves(as_on):
+    """NaN, inf, no entries, and numbers at both ends of the range."""
+    leaves = [[np.nan, 1.0], [-np.inf, 1.0], [], [3e38, 1e-30]]
+    norms = oc.leaf_norm([jnp.array(leaf, jnp.float32) for leaf in leaves])
+    np.testing.assert_allclose(norms, [np.nan, np.inf, 0, 3e38], rtol=1e-6)
+
+
+def test_rescaled_weights(as_on):
+    """Both extremes of a leaf are found by every way."""
+    weights = trees.sample(0)["dense"]
+    tx = oc.rescale_weights(-1.0, 2.0)
+    updates, _ = tx.update(jnp.zeros_like(weights), tx.init(weights), weights)
+    out = optax.apply_updates(weights, updates)
+    expected = -1 + 3 * (weights - weights.min()) / (weights.max() - weights.min())
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
