@@ -630,6 +630,16 @@ def test_minimum_with_a_share_of_the_parameters():
         thresholds_of(rule)
 
 
+def test_z_scores_of_norms_near_its_epsilon():
+    """The deviation that divides is 1e-6 larger than that of the norms, as the paper has it."""
+    norms = np.float32([1e-6, 3e-6, 1e-6, 3e-6, 2e-5])
+    tx = oc.zclip(z_max=2.0, warmup_steps=4)
+    out, _ = run(tx, [jnp.array([norm]) for norm in norms], jnp.zeros(1))
+    mean, deviation = np.mean(norms[:4]), np.std(norms[:4])
+    z = (norms[4] - mean) / (deviation + 1e-6)
+    close(out[4][0], mean + 2 * deviation * 2 / z)
+
+
 @pytest.mark.parametrize(("ends", "size"), [((0, 1), 0.5), ((1, 0), 5.0)], ids=["lower", "upper"])
 def test_a_range_of_shares_of_the_parameters(ends, size):
     """Either end of a range of norms may be a share of the norm of the parameters."""

@@ -588,6 +588,23 @@ def test_bounds_that_meet_leave_one_value():
     chex.assert_trees_all_close(jnp.linalg.norm(clipped(oc.clip_by_norm_range(2.0, 2.0))), 2.0, rtol=1e-6)
 
 
+def test_numbers_of_python_above_the_largest_f32():
+    """They are that, not inf: an inf among the entries comes down to it."""
+    x, largest = jnp.array([jnp.inf, -jnp.inf, 1.0]), float(jnp.finfo(jnp.float32).max)
+    for tx in (oc.clip(1e300), oc.clip_by_value(-1e300, 1e300)):
+        chex.assert_trees_all_equal(tx.update(x, tx.init(x))[0], jnp.array([largest, -largest, 1.0]))
+    tx = oc.clip_by_global_norm(1e300)
+    chex.assert_trees_all_equal(tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[1].threshold, jnp.float32(largest))
+
+
+def test_complex_entries_on_the_smallest_magnitude_keep_their_bits():
+    """An entry whose magnitude is the lower bound is inside."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(200, 2)) @ [1, 1j], jnp.complex64)
+    clipped = jax.jit(jax.vmap(lambda x: oc.clip_by_magnitude(jnp.abs(x)).update(x, oc.clip_by_magnitude().init(x))[0]))
+    chex.assert_trees_all_equal(clipped(x), x)
+
+
 def test_threshold_0_for_entries_too_small_to_square():
     """Entries whose squares are 0 become 0 under a threshold of 0 too."""
     updates = {"a": jnp.array([1.2e-38]), "b": jnp.zeros(2)}

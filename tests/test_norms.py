@@ -168,6 +168,14 @@ def test_labels_may_be_a_prefix_or_a_function():
     assert alone["body"] == {"w": None, "b": None}
 
 
+def test_a_function_of_labels_sees_updates_alone():
+    """It is not called before there are some."""
+    labels = lambda updates: {"w": "large" if updates["w"].size > 1 else "small"}
+    tx = oc.clip_by_group_norm({"large": 1.0, "small": None}, labels)
+    updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init({"w": jnp.zeros(2)}))
+    chex.assert_trees_all_close(updates, {"w": jnp.array([0.6, 0.8])}, rtol=1e-6)
+
+
 def test_axis_rule_of_none_leaves_a_leaf_out():
     """Where an axis rule returns None the norm tree has None and the leaf is not counted."""
     rule = lambda path, leaf: None if leaf.ndim < 2 else 0
@@ -396,6 +404,20 @@ def test_prefix_tree_of_axis_names():
     close(step(updates), oc.unit_norm(updates))
     step = sharded(lambda tree: oc.block_rms(tree, axis=0, axis_name=names), mesh_of("8"), (specs,), outs)
     close(step(updates), oc.block_rms(updates, axis=0))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_one_device_alone_holds_extreme_units(check_vma):
+    """All devices take the second read, in which they sum together, where the units of one need it."""
+    updates = {"cut": np.ones((16, 4), np.float32), "whole": np.ones((4, 16), np.float32)}
+    updates["whole"][:, :2] = 1e30
+    norm = functools.partial(oc.unit_norm, axis=0, axis_name={"cut": "data", "whole": ()})
+    specs = {"cut": P("data"), "whole": P(None, "data")}
+    out_specs = {**specs, "cut": P()}
+    inside = jax.shard_map(norm, mesh=trees.mesh(data=8), in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
+    norms = jax.jit(inside)(updates)
+    np.testing.assert_allclose(norms["cut"], np.full((1, 4), 4.0), rtol=1e-6)
+    np.testing.assert_allclose(norms["whole"], [[2e30, 2e30, *[2.0] * 14]], rtol=1e-6)
 
 
 def test_missing_axis_name_of_units_is_an_error():
