@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 
+import matplotlib.image
 import numpy as np
 import properties  # noqa: F401  loads the profile of hypothesis
 import pytest
@@ -237,6 +238,16 @@ def test_table(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
+def test_what_a_suggestion_rests_on():
+    """Fewer than a hundred norms above 0 are few, and norms drift if their median moves by more than half."""
+    basis = lambda values: oc.suggest_threshold(values).basis
+    sample = np.random.default_rng(0).uniform(0.9, 1.1, 200)
+    assert basis([*sample[:90], *np.zeros(60)]).endswith("Few to go by.")
+    assert "Few" not in basis([*sample[:100], *np.zeros(60)])
+    for growth, drifts in ((1.4, False), (1.7, True), (1 / 1.7, True)):
+        assert ("The norms drift" in basis([*sample, *sample * growth])) == drifts
+
+
 def test_skipped_lines_are_counted(tmp_path, capsys):
     """Lines of a log without the key are left out and counted."""
     path = write(tmp_path, "a.jsonl", as_json(norms()) + '\n{"loss": 1}\n{}')
@@ -249,6 +260,7 @@ def test_figure(tmp_path, capsys):
     path = write(tmp_path, "a.npy", norms())
     assert command.main([str(path)]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert matplotlib.image.imread(tmp_path / "a.png").std() > 0.05  # something is drawn
     assert capsys.readouterr().out.endswith(f"\nFigure: {tmp_path / 'a.png'}\n")
     assert command.main([str(path), "--out", str(tmp_path / "b.pdf")]) == 0
     assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
