@@ -141,7 +141,8 @@ def _column(rows: list[list[str]], path: pathlib.Path, key: str | None) -> tuple
         fit = [i for i, cells in enumerate(columns) if len(columns) == 1 or _is_numeric(cells)]
     if len(fit) != 1:
         wanted, found = "of numbers" if key is None else f"named {key!r}", _listed(names) if header else "unnamed ones"
-        raise ValueError(f"{path}: found {len(fit)} columns {wanted} among {found}. Name one of the header by --key.")
+        what_to_do = "Name one of the header by --key." if header else "Add a header, and name one by --key."
+        raise ValueError(f"{path}: found {len(fit)} columns {wanted} among {found}. {what_to_do}")
     return fit[0], int(header)
 
 

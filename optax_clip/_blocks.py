@@ -34,8 +34,9 @@ def broadcast(prefix: Any, tree: Any, *, caller: str, name: str, is_leaf: Callab
             is_leaf=lambda x: x is None or (is_leaf is not None and is_leaf(x)),
         )
     except ValueError:
+        where = _checks.misfit(prefix, tree, of_updates=False, is_entry=is_leaf)
         raise ValueError(
-            f"{caller}: {name} does not fit the updates: {_checks.misfit(prefix, tree, is_leaf)}. "
+            f"{caller}: {name} does not fit the updates: {where}. "
             "It must be one value or a prefix of the tree of updates, of the same containers."
         ) from None
     return entries

@@ -214,38 +214,64 @@ def params_given(
 
 def params_like(updates: Any, params: Any, *, caller: str) -> list:
     """The parameters that belong to the leaves of the updates, in their order; where updates are None, any will do."""
-    pairs = []
+    triples = []
     try:
-        jax.tree.map(lambda u, p: pairs.append((u, p)), updates, params, is_leaf=lambda x: x is None)
+        jax.tree_util.tree_map_with_path(lambda *triple: triples.append(triple), updates, params, is_leaf=_is_none)
     except ValueError:
         raise ValueError(
-            f"{caller}: params must have the structure of the updates: {misfit(params, updates)}. "
+            f"{caller}: params must have the structure of the updates: {misfit(updates, params, of_updates=True)}. "
             "Pass the parameters that the updates belong to."
         ) from None
-    pairs = [(u, p) for u, p in pairs if u is not None]
-    for u, p in pairs:
-        if not is_leaf(p) or (hasattr(u, "shape") and jnp.shape(u) != getattr(p, "shape", ())):
+    triples = [(path, u, p) for path, u, p in triples if u is not None]
+    for path, u, p in triples:
+        shape = getattr(p, "shape", ()) if is_leaf(p) else None
+        if shape is None or (hasattr(u, "shape") and jnp.shape(u) != shape):
             raise ValueError(
-                f"{caller}: params must have the shapes of the updates, got {_show(jax.tree.map(jnp.shape, p))} where "
-                f"the updates have {jnp.shape(u)}. Pass the parameters that the updates belong to."
+                f"{caller}: params must have the shapes of the updates, got "
+                f"{type(p).__name__ if shape is None else shape}{place(path)} where the updates have {jnp.shape(u)}. "
+                "Pass the parameters that the updates belong to."
             )
-    return [p for _, p in pairs]
+    return [p for _, _, p in triples]
 
 
-def misfit(tree: Any, updates: Any, is_leaf: Callable[[Any], bool] | None = None) -> str:
-    """Where a tree or prefix tree and the updates part ways; what JAX says of it has many lines, and whole arrays."""
-    is_entry = lambda x: x is None or (is_leaf is not None and is_leaf(x))
-    entries = {path: None for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_entry)}
-    leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: x is None)]
-    above = lambda path: [path[:n] for n in range(len(path) + 1)]
-    for path in leaves:
-        if not any(start in entries for start in above(path)):
-            return f"there is nothing for {jax.tree_util.keystr(path)}" if path else "the updates are a single leaf"
-    known = {start for path in leaves for start in above(path)}
-    for path in entries:
-        if path not in known:
-            return f"the updates have no {jax.tree_util.keystr(path)}"
-    return "containers are of other types"
+def place(path: tuple) -> str:
+    """Where in a tree, in words that follow others; nothing for the whole."""
+    return f" at {jax.tree_util.keystr(path)}" if path else ""
+
+
+def misfit(
+    prefix: Any, tree: Any, *, of_updates: bool, is_entry: Callable[[Any], bool] | None = None, path: tuple = ()
+) -> str:
+    """Where a prefix tree and a tree part ways; what JAX says of it has many lines, and whole arrays.
+
+    One of them is that of the updates: the prefix if `of_updates`, else the tree.
+    """
+    if prefix is None or is_leaf(prefix) or (is_entry is not None and is_entry(prefix)):
+        return ""
+    updates, other = (prefix, tree) if of_updates else (tree, prefix)
+    if type(prefix) is not type(tree):
+        kinds = ["None" if x is None else "a single leaf" if is_leaf(x) else type(x).__name__ for x in (updates, other)]
+        return f"the updates have {kinds[0]}{place(path)}, and not {kinds[1]}"
+    those, these = _children(updates), _children(other)
+    for keys, absent, text in ((those, these, "there is nothing for"), (these, those, "the updates have no")):
+        for key in keys:
+            if key not in absent:
+                return f"{text} {jax.tree_util.keystr((*path, key))}"
+    for key in those:
+        pair = (those[key], these[key]) if of_updates else (these[key], those[key])
+        if text := misfit(*pair, of_updates=of_updates, is_entry=is_entry, path=(*path, key)):
+            return text
+    return "" if path else "containers differ in static data"
+
+
+def _children(node: Any) -> dict:
+    """What a container holds, by key."""
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    return {path[0]: child for path, child in children}
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _show(value: object) -> str:

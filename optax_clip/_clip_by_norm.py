@@ -1,5 +1,6 @@
 """The engine: measure each block, compare with a threshold, scale the block."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -193,11 +194,13 @@ class _Blocks:
     def check_state(self, state: Any) -> None:
         """Raises where the state is that of other blocks. Takes a trace of `init`: only where something went wrong."""
         needed, given = ([jnp.shape(x) for x in jax.tree.leaves(s)] for s in (jax.eval_shape(self.init), state))
-        if needed != given:
-            raise ValueError(
-                f"{self.caller}: the state must be that of these updates, got arrays of shapes {given[:5]} where they "
-                f"need {needed[:5]}. Pass updates of the parameters that init saw, or make a new state."
-            )
+        for there, wanted in itertools.zip_longest(given, needed, fillvalue="none"):
+            if there != wanted:
+                raise ValueError(
+                    f"{self.caller}: the state must be that of these updates, got {len(given)} arrays where they need "
+                    f"{len(needed)}, and one of shape {there} where they need {wanted}. Pass updates of the parameters "
+                    "that init saw, or make a new state."
+                )
 
     def _merge(self, states: list) -> Any:
         """The state of a single rule; for a tree of rules a tuple of theirs."""

@@ -111,7 +111,7 @@ def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[
     def update_all(norms, states, params):
         del params
         pairs = []
-        for norm, state in zip(norms, states if norms else ()):
+        for norm, state in zip(norms, states if norms else (), strict=True):
             of_blocks = guarded
             for _ in range(norm.ndim):
                 of_blocks = jax.vmap(of_blocks)

@@ -111,15 +111,15 @@ def _difference(updates: Any, carry: Any) -> str:
     """How the updates differ from those that the carry is for, in words; nothing where they do not."""
     different = []
 
-    def compare(x, y):
-        shape, there = jnp.shape(x), jax.tree.map(jnp.shape, y)
-        if shape != there:
-            different.append(f"an update of shape {shape} has a carry of shape {there}")
+    def compare(path, x, y):
+        if is_counted(x) and y is not None and jnp.shape(x) != getattr(y, "shape", None):
+            there = y.shape if is_counted(y) else type(y).__name__
+            different.append(f"the carry of an update of shape {jnp.shape(x)}{_checks.place(path)} is {there}")
 
     try:
-        _map(compare, updates, carry)
+        jax.tree_util.tree_map_with_path(compare, updates, carry, is_leaf=lambda x: x is None)
     except ValueError:
-        return _checks.misfit(carry, updates)
+        return _checks.misfit(updates, carry, of_updates=True)
     return next(iter(different), "")
 
 

@@ -159,6 +159,43 @@ def test_tree_that_does_not_fit(key, tree):
     assert_raises(lambda: step(ALL[key](tree)), ValueError, *key, "does not fit the updates", "prefix")
 
 
+X = jnp.ones(3)
+MISFITS = {  # a prefix tree, the updates, and how they differ
+    "missing": ({"w": 1.0}, {"w": X, "b": X}, r"there is nothing for \['b'\]"),
+    "missing empty node": ({"w": 1.0}, {"w": X, "m": optax.MaskedNode()}, r"there is nothing for \['m'\]"),
+    "too many": ({"w": 1.0, "c": None}, {"w": X}, r"the updates have no \['c'\]"),
+    "list": ([1.0], [X, X], r"there is nothing for \[1\]"),
+    "deeper": (
+        {"w": {"a": 1.0}, "b": 1.0},
+        {"w": X, "b": X},
+        r"the updates have a single leaf at \['w'\], and not dict",
+    ),
+    "single leaf": ({"w": 1.0}, X, "the updates have a single leaf, and not dict"),
+    "types": ((1.0, 2.0), [X, X], "the updates have list, and not tuple"),
+}
+WRONG_WAY = {  # updates, and parameters of which they are no prefix
+    "missing": ({"w": X, "b": X}, {"w": X}, r"there is nothing for \['b'\]"),
+    "shallower": ({"w": {"a": X}}, {"w": X}, r"the updates have dict at \['w'\], and not a single leaf"),
+    "beside None": ({"f": None, "w": X}, {"f": {"a": X}, "q": X}, r"there is nothing for \['w'\]"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_where_a_prefix_tree_does_not_fit(case):
+    """The text names the first place at which threshold and updates differ."""
+    prefix, updates, text = MISFITS[case]
+    tx = oc.clip_by_leaf_norm(prefix)
+    assert_raises(lambda: tx.init(updates), ValueError, "clip_by_leaf_norm: max_norm does not fit", text, "prefix")
+
+
+@pytest.mark.parametrize("case", WRONG_WAY)
+def test_where_params_do_not_fit(case):
+    """The text names the first place at which parameters and updates differ, None among the updates aside."""
+    updates, params, text = WRONG_WAY[case]
+    call = lambda: oc.clip_weights(1.0).update(updates, oc.clip_weights(1.0).init(updates), params)
+    assert_raises(call, ValueError, "clip_weights: params must have the structure", text, "Pass the parameters")
+
+
 @pytest.mark.parametrize("key", [key for key in ALL if key[1] != "eps"], ids=name_of)
 def test_schedule_that_returns_an_array(key):
     """A schedule must return a scalar, which is seen in the first step."""
@@ -465,8 +502,8 @@ KEEPING = {
 @pytest.mark.parametrize("name", KEEPING)
 def test_state_of_other_updates(name):
     """A state with histories of other blocks is refused under the name of the clip, eager and compiled."""
-    tx, one = KEEPING[name](), {"w": jnp.ones((4, 6)), "b": None}
-    for seen, updates in ((one, GRADS), (GRADS, one)):
+    tx, one, fewer = KEEPING[name](), {"w": jnp.ones((4, 6)), "b": None}, {"w": None, "b": GRADS["b"]}
+    for seen, updates in ((one, GRADS), (GRADS, one), (fewer, GRADS), (GRADS, fewer)):
         for update in (tx.update, jax.jit(tx.update)):
             call = functools.partial(update, updates, tx.init(seen))
             assert_raises(call, ValueError, f"^{name}", "state must be that of these updates", "init saw", "new state")
