@@ -119,7 +119,8 @@ STATES = {  # what each is made of, behind the step, norm, threshold, scale and 
     "clip": (lambda: oc.clip(1.0), False, "i"),
     "clip_weights": (lambda: oc.clip_weights(1.0), False, "if"),
     "rescale_weights": (oc.rescale_weights, False, "i"),
-    "with_error_feedback": (lambda: oc.with_error_feedback(oc.clip(1.0)), False, "fi"),
+    "skip_spikes": (lambda: oc.skip_spikes(optax.identity(), 1.0), False, "iiiffff"),
+    "with_error_feedback": (lambda: oc.with_error_feedback(oc.clip(1.0), accumulator_dtype="float32"), False, "fi"),
     "clip_randomly": (lambda: oc.clip_randomly(oc.clip(1.0), 0.5), False, "ui"),
 }
 
@@ -127,10 +128,10 @@ STATES = {  # what each is made of, behind the step, norm, threshold, scale and 
 @pytest.mark.parametrize("x64", [False, True], ids=["32", "64"])
 @pytest.mark.parametrize("name", STATES)
 def test_states_have_32_bits(name, x64):
-    """Counters are i32, keys u32 and statistics f32, in 64-bit mode too."""
+    """Counters are i32, keys u32 and statistics f32, of f64 leaves too."""
     make, measures, rest = STATES[name]
     with jax.enable_x64(x64):
-        leaves = jax.tree.leaves(make().init({"w": np.ones(3, np.float32)}))
+        leaves = jax.tree.leaves(make().init({"w": np.ones(3)}))
     assert [str(leaf.dtype) for leaf in leaves] == [
         {"i": "int32", "f": "float32", "u": "uint32"}[kind] for kind in ("iffff" if measures else "") + rest
     ]
