@@ -113,8 +113,8 @@ def _difference(updates: Any, carry: Any) -> str:
 
     def compare(path, x, y):
         if is_counted(x) and y is not None and jnp.shape(x) != getattr(y, "shape", None):
-            there = y.shape if is_counted(y) else type(y).__name__
-            different.append(f"the carry of an update of shape {jnp.shape(x)}{_checks.place(path)} is {there}")
+            there = f"of shape {y.shape}" if is_counted(y) else type(y).__name__
+            different.append(f"an update of shape {jnp.shape(x)}{_checks.place(path)} has a carry {there}")
 
     try:
         jax.tree_util.tree_map_with_path(compare, updates, carry, is_leaf=lambda x: x is None)
