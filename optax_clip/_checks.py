@@ -214,15 +214,13 @@ def params_given(
 
 def params_like(updates: Any, params: Any, *, caller: str) -> list:
     """The parameters that belong to the leaves of the updates, in their order; where updates are None, any will do."""
-    triples = []
     try:
-        jax.tree_util.tree_map_with_path(lambda *triple: triples.append(triple), updates, params, is_leaf=_is_none)
-    except ValueError:
+        triples = [(path, u, p) for path, u, p in paired(updates, params) if u is not None]
+    except ValueError as error:
         raise ValueError(
-            f"{caller}: params must have the structure of the updates: {misfit(updates, params, of_updates=True)}. "
+            f"{caller}: params must have the structure of the updates: {error}. "
             "Pass the parameters that the updates belong to."
         ) from None
-    triples = [(path, u, p) for path, u, p in triples if u is not None]
     for path, u, p in triples:
         shape = getattr(p, "shape", ()) if is_leaf(p) else None
         if shape is None or (hasattr(u, "shape") and jnp.shape(u) != shape):
@@ -232,6 +230,17 @@ def params_like(updates: Any, params: Any, *, caller: str) -> list:
                 "Pass the parameters that the updates belong to."
             )
     return [p for _, _, p in triples]
+
+
+def paired(updates: Any, tree: Any) -> list[tuple[tuple, Any, Any]]:
+    """Path, update and what `tree` has there; None is an update. A ValueError says where the tree does not fit."""
+    triples = []
+    try:
+        collect = lambda *triple: triples.append(triple)
+        jax.tree_util.tree_map_with_path(collect, updates, tree, is_leaf=lambda x: x is None)
+    except ValueError:
+        raise ValueError(misfit(updates, tree, of_updates=True)) from None
+    return triples
 
 
 def place(path: tuple) -> str:
@@ -268,10 +277,6 @@ def _children(node: Any) -> dict:
     """What a container holds, by key."""
     children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     return {path[0]: child for path, child in children}
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _show(value: object) -> str:

@@ -109,18 +109,15 @@ def _map(function: Callable, first: Any, second: Any, *rest: Any) -> Any:
 
 def _difference(updates: Any, carry: Any) -> str:
     """How the updates differ from those that the carry is for, in words; nothing where they do not."""
-    different = []
-
-    def compare(path, x, y):
+    try:
+        triples = _checks.paired(updates, carry)
+    except ValueError as error:
+        return str(error)
+    for path, x, y in triples:
         if is_counted(x) and y is not None and jnp.shape(x) != getattr(y, "shape", None):
             there = f"of shape {y.shape}" if is_counted(y) else type(y).__name__
-            different.append(f"an update of shape {jnp.shape(x)}{_checks.place(path)} has a carry {there}")
-
-    try:
-        jax.tree_util.tree_map_with_path(compare, updates, carry, is_leaf=lambda x: x is None)
-    except ValueError:
-        return _checks.misfit(updates, carry, of_updates=True)
-    return next(iter(different), "")
+            return f"an update of shape {jnp.shape(x)}{_checks.place(path)} has a carry {there}"
+    return ""
 
 
 def _sum(x: Any, carry: Any) -> jax.Array:

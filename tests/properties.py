@@ -173,6 +173,14 @@ def error_of(leaf, expected):
     return relative * np.abs(expected) + absolute
 
 
+def assert_near(actual, expected):
+    """Each entry within one rounding of what is expected."""
+    for name, leaf in by_path(actual).items():
+        relative, absolute = rounding(leaf)
+        wanted = reference.wide(by_path(expected)[name])
+        np.testing.assert_allclose(reference.wide(leaf), wanted, rtol=relative, atol=absolute, err_msg=name)
+
+
 def break_one(updates, seed, bad):
     """The updates with one entry replaced, and the path and place of that entry."""
     leaves, treedef = jax.tree.flatten(updates)

@@ -142,6 +142,11 @@ def block_vectors(case, grads):
     return {number: entries[of_entry == number] for number in set(of_entry)}
 
 
+def spread(values, numbers):
+    """The value of each block, by number, at each entry."""
+    return np.vectorize(values.get, otypes=[float])(numbers)
+
+
 def block_norms(case, grads):
     """The norm of each block, by number."""
     p = getattr(case.measure, "keywords", {}).get("ord", 2)
@@ -160,7 +165,7 @@ def clipped(case, grads, c):
     norms = block_norms(case, grads)
     factors = {number: 1.0 if n == 0 else response(n, c) for number, n in norms.items()}
     numbers = block_numbers(case, grads)
-    return {name: wide(g) * np.vectorize(factors.get, otypes=[float])(numbers[name]) for name, g in grads.items()}
+    return {name: wide(g) * spread(factors, numbers[name]) for name, g in grads.items()}
 
 
 # Rules from the norms of earlier steps: of one block, one norm at a time

@@ -22,6 +22,7 @@ from properties import (
     any_form,
     any_norm_clip,
     any_shrinking,
+    assert_near,
     assert_same,
     bits,
     block_norms,
@@ -69,7 +70,7 @@ def test_bound_and_direction(case, updates, form, data):
     errors = {}
     for name, leaf in by_path(clipped).items():
         wanted = np.where(np.isin(numbers[name], lost), np.nan, expected[name])
-        errors[name] = error_of(leaf, wanted) + SMALLEST * np.vectorize(growth.get, otypes=[float])(numbers[name])
+        errors[name] = error_of(leaf, wanted) + SMALLEST * reference.spread(growth, numbers[name])
         assert np.array_equal(np.isnan(leaf), np.isnan(wanted)), name
         assert (np.isnan(wanted) | (np.abs(reference.wide(leaf) - wanted) <= errors[name])).all(), name
     room = reference.block_norms(case, errors)
@@ -133,7 +134,7 @@ def test_clipping_twice_is_clipping_once(case, updates, data):
     numbers = reference.block_numbers(case, leaves)
     for name, leaf in leaves.items():
         once, twice = reference.wide(leaf), reference.wide(by_path(again)[name])
-        allowed = np.abs(once) * np.vectorize(change.get, otypes=[float])(numbers[name]) + error_of(leaf, once)
+        allowed = np.abs(once) * reference.spread(change, numbers[name]) + error_of(leaf, once)
         assert (np.abs(twice - once) <= allowed).all(), name
 
 
@@ -251,10 +252,7 @@ def test_compiled_is_eager(case, updates, threshold):
     expected, expected_state = step(case, updates, threshold)
     clipped, state = one_step(functools.partial(fresh_step, case, np.float32(threshold)), updates)
     chex.assert_trees_all_equal_shapes_and_dtypes((clipped, state), (expected, expected_state))
-    for name, leaf in by_path(clipped).items():
-        relative, absolute = rounding(leaf)
-        other = reference.wide(by_path(expected)[name])
-        np.testing.assert_allclose(reference.wide(leaf), other, rtol=relative, atol=absolute)
+    assert_near(clipped, expected)
     chex.assert_trees_all_close(state, expected_state, rtol=1e-6)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from properties import (
     LARGEST,
     any_clip,
+    assert_near,
     assert_same,
     bits,
     break_one,
@@ -119,18 +120,12 @@ def test_a_spike_leaves_no_trace(updates, factor, seed, bad):
         state = jax.device_get(state)
     chex.assert_trees_all_equal_shapes_and_dtypes((new, after), (alone, state))
     if bad is None and norm <= threshold:
-        for name, leaf in by_path(new).items():
-            relative, absolute = rounding(leaf)
-            wide = reference.wide(by_path(alone)[name])
-            np.testing.assert_allclose(reference.wide(leaf), wide, rtol=relative, atol=absolute)
+        assert_near(new, alone)
         assert after.total_skipped == 0
     else:
         assert not any(leaf.any() for leaf in jax.tree.leaves(new))
         chex.assert_trees_all_equal(bits(after.inner_state), bits(state.inner_state))
         assert (after.total_skipped, after.consecutive_skipped) == (1, 1)
-
-
-PER = ["element", "leaf"]
 
 
 @functools.cache
@@ -240,6 +235,16 @@ def moved_by(weights, seed):
     return jax.tree.map(move, weights)
 
 
+def landings(name, weights, seed, bound):
+    """Each leaf after a step, with its numbers before, without a clip and after; and the state."""
+    updates = moved_by(weights, seed)
+    out, state = landed(name, weights, updates, bound)
+    plain, _ = landed(None, weights, updates, bound)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
+    sides = [by_path(tree) for tree in (weights, plain, out)]
+    return {key: (leaf, *(reference.wide(side[key]) for side in sides)) for key, leaf in sides[-1].items()}, state
+
+
 def room_of(leaf, before, after):
     """A few roundings of the old or the new weights, the larger ones."""
     return 4 * error_of(leaf, np.maximum(np.abs(before), np.abs(after)))
@@ -254,13 +259,9 @@ def room_of(leaf, before, after):
 def test_weights_end_on_the_right_side(name, weights, seed, power):
     """No real weight lies outside of a bound (inside, if pruned) by a rounding, and all are near where they belong."""
     bound = float(np.float32(10.0**power))
-    updates = moved_by(weights, seed)
-    out, state = landed(name, weights, updates, bound)
-    plain, _ = landed(None, weights, updates, bound)
-    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
+    leaves, state = landings(name, weights, seed, bound)
     assert 0 <= state.touched <= 1
-    for key, leaf in by_path(out).items():
-        before, moved, after = (reference.wide(by_path(tree)[key]) for tree in (weights, plain, out))
+    for key, (leaf, before, moved, after) in leaves.items():
         size, room = np.abs(after), room_of(leaf, before, moved)
         slack = room if leaf.dtype.kind == "c" else 0.0
         if name == "clip_weights":
@@ -275,12 +276,8 @@ def test_weights_end_on_the_right_side(name, weights, seed, power):
 @given(st.sampled_from([*BY_ENTRY, "clip_weight_norm"]), updates_of(highest=4.0, kinds=WEIGHTS, extremes=False), seeds)
 def test_weights_without_a_bound_land_as_they_would(name, weights, seed):
     """Under a bound of inf (0 for pruning) weights end where they would without a clip."""
-    updates = moved_by(weights, seed)
-    plain, _ = landed(None, weights, updates, 0.0)
-    out, _ = landed(name, weights, updates, 0.0 if name == "prune_weights" else np.inf)
-    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
-    for key, leaf in by_path(out).items():
-        before, moved, after = (reference.wide(by_path(tree)[key]) for tree in (weights, plain, out))
+    leaves, _ = landings(name, weights, seed, 0.0 if name == "prune_weights" else np.inf)
+    for key, (leaf, before, moved, after) in leaves.items():
         assert (np.abs(after - moved) <= room_of(leaf, before, moved)).all(), key
 
 
@@ -293,14 +290,10 @@ def test_weights_without_a_bound_land_as_they_would(name, weights, seed):
 def test_weights_end_in_the_set(name, weights, seed, power):
     """Weights are where the set is nearest: norms, ranges and signs hold to a few roundings of old or new weights."""
     bound = float(np.float32(10.0**power))
-    updates = moved_by(weights, seed)
-    out, _ = landed(name, weights, updates, bound)
-    plain, _ = landed(None, weights, updates, bound)
-    chex.assert_trees_all_equal_shapes_and_dtypes(out, weights)
-    for key, leaf in by_path(out).items():
+    leaves, _ = landings(name, weights, seed, bound)
+    for key, (leaf, before, moved, after) in leaves.items():
         if not leaf.size:
             continue
-        before, moved, after = (reference.wide(by_path(tree)[key]) for tree in (weights, plain, out))
         room = room_of(leaf, before, np.maximum(np.abs(moved), np.abs(after)))
         if name == "clip_weight_norm":
             axes = reference.axes_by_rank(leaf.shape)
