@@ -186,7 +186,7 @@ def break_one(updates, seed, bad):
     leaves, treedef = jax.tree.flatten(updates)
     random = np.random.default_rng(seed)
     number = random.choice([i for i, leaf in enumerate(leaves) if leaf.size])
-    leaf = leaves[number].copy()
+    leaf = np.array(leaves[number])  # of a scalar too
     place = random.integers(leaf.size)
     leaf.reshape(-1)[place] = bad
     leaves[number] = leaf
