@@ -130,10 +130,13 @@ def test_clipping_twice_is_clipping_once(case, updates, data):
     assume(divides_by_norm(case, threshold) and (case.measure is None or in_range(case, updates)))
     clipped, _ = step(case, updates, threshold)
     again, _ = step(case, clipped, threshold)
-    if case.measure is None or threshold == 0:
-        assert_same(again, clipped)
-        return
     leaves = by_path(clipped)
+    if case.measure is None or threshold == 0:
+        # Rounded parts of a complex entry may lie just outside of the disc.
+        real = [name for name, leaf in leaves.items() if threshold == 0 or not np.iscomplexobj(leaf)]
+        assert_same({name: by_path(again)[name] for name in real}, {name: leaves[name] for name in real})
+        assert_near(again, clipped)
+        return
     room = reference.block_norms(case, {name: error_of(leaf, reference.wide(leaf)) for name, leaf in leaves.items()})
     change = {b: norm / threshold + 1e-6 for b, norm in room.items()}
     numbers = reference.block_numbers(case, leaves)
