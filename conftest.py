@@ -22,3 +22,13 @@ pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=PAGES).p
 def _names_in_doctests(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp, optax=optax)
     doctest_namespace.update({name: getattr(optax_clip, name) for name in optax_clip.__all__})
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs(request):
+    """Leaves a property to itself: ten thousand examples compile nearly as much as one process may hold."""
+    many = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+    drop = jax.clear_caches if many and hasattr(getattr(request.node, "obj", None), "hypothesis") else lambda: None
+    drop()
+    yield
+    drop()
