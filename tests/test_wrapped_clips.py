@@ -611,3 +611,5 @@ def test_a_carry_of_another_tree_is_an_error():
         tx.update({"x": jnp.ones(2)}, tx.init({"y": jnp.ones(2)}))
     with pytest.raises(ValueError, match=r"with_error_feedback: .*shape \(2, 3\) has a carry of shape \(3,\)"):
         tx.update(jnp.ones((2, 3)), tx.init(jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"with_error_feedback: .*shape \(2,\) at \['x'\] has a carry dict"):
+        tx.update({"x": jnp.ones(2)}, tx.init({"x": {"y": jnp.ones(2)}}))
