@@ -170,6 +170,11 @@ MISFITS = {  # a prefix tree, the updates, and how they differ
         {"w": X, "b": X},
         r"the updates have a single leaf at \['w'\], and not dict",
     ),
+    "behind a rule": (
+        {"a": {"x": oc.scheduled(lambda count: 1.0)}, "b": {"y": 1.0}},
+        {"a": {"x": X}, "b": {"z": X}},
+        r"there is nothing for \['b'\]\['z'\]",
+    ),
     "single leaf": ({"w": 1.0}, X, "the updates have a single leaf, and not dict"),
     "types": ((1.0, 2.0), [X, X], "the updates have list, and not tuple"),
 }
