@@ -511,7 +511,8 @@ def test_state_of_other_updates(name):
     for seen, updates in ((one, GRADS), (GRADS, one), (fewer, GRADS), (GRADS, fewer)):
         for update in (tx.update, jax.jit(tx.update)):
             call = functools.partial(update, updates, tx.init(seen))
-            assert_raises(call, ValueError, f"^{name}", "state must be that of these updates", "init saw", "new state")
+            shapes = r"of shape (none|\(.*\)) where they need (none|\(.*\))\. "
+            assert_raises(call, ValueError, f"^{name}", "state must be that of these updates", shapes, "new state")
 
 
 # Meshes
@@ -546,6 +547,13 @@ def test_missing_axis_name_where_types_are_silent(norm):
     """With check_vma=False every norm needs axis_name, and the message says how to do without."""
     parts = ("axis_name is missing", "'data'", r"\['w'\]", "Pass axis_name", "check_vma=True")
     assert_raises(on_mesh(norm, check_vma=False), ValueError, "norm|rms", *parts)
+
+
+def test_axis_names_that_do_not_fit():
+    """Several names are one entry of a prefix tree, at any depth: the text names what differs behind them."""
+    names = {"a": {"x": ("data", "model")}, "b": {"y": "data"}}
+    call = lambda: oc.leaf_norm({"a": {"x": X}, "b": {"z": X}}, axis_name=names)
+    assert_raises(call, ValueError, "leaf_norm: axis_name does not fit", r"there is nothing for \['b'\]\['z'\]")
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

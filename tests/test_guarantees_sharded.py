@@ -40,7 +40,7 @@ def spread(seed: int):
 
 
 # A program for each clip, layout and number of devices: many more than these are too many for one process.
-LAYOUTS = [spread(seed) for seed in ((4, 31) if PROFILE == "normal" else range(12))]
+LAYOUTS = [spread(seed) for seed in ((4, 31) if PROFILE == "normal" else range(8))]
 LAYOUTS = [layout for layout in LAYOUTS if any(any(spec) for spec in layout[1])]
 CLIPS = {case.name: case.make for case in clips.CLIPS} | {
     f"{name} {scope}": lambda threshold, make=make, norm=norm: make(norm)
