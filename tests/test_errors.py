@@ -512,7 +512,8 @@ def test_state_of_other_updates(name):
         for update in (tx.update, jax.jit(tx.update)):
             call = functools.partial(update, updates, tx.init(seen))
             shapes = r"of shape (none|\(.*\)) where they need (none|\(.*\))\. "
-            assert_raises(call, ValueError, f"^{name}", "state must be that of these updates", shapes, "new state")
+            parts = ("state must be that of these updates", shapes, "init saw", "new state")
+            assert_raises(call, ValueError, f"^{name}", *parts)
 
 
 # Meshes
