@@ -244,6 +244,7 @@ def test_what_a_suggestion_rests_on():
     sample = np.random.default_rng(0).uniform(0.9, 1.1, 200)
     assert basis([*sample[:90], *np.zeros(60)]).endswith("Few to go by.")
     assert "Few" not in basis([*sample[:100], *np.zeros(60)])
+    assert "without 1 norm not finite" in basis([*sample, np.inf]) and "not finite" not in basis(sample)
     for growth, drifts in ((1.4, False), (1.7, True), (1 / 1.7, True)):
         assert ("The norms drift" in basis([*sample, *sample * growth])) == drifts
 

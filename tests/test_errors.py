@@ -492,6 +492,15 @@ def test_params_that_do_not_belong_to_the_updates(name, case):
     assert_raises(lambda: tx.update(GRADS, tx.init(GRADS), WRONG_PARAMS[case]), ValueError, *parts)
 
 
+@by_params
+def test_params_with_a_container_where_an_update_is_a_scalar(name):
+    """The error names the container, which has no shape to compare."""
+    tx, one = NEEDS_PARAMS[name], jnp.ones([])
+    state = tx.init(one)
+    for params, kind in (({"a": one}, "dict"), ((), "tuple")):
+        assert_raises(lambda params=params: tx.update(one, state, params), ValueError, f"got {kind} where")
+
+
 # States
 
 KEEPING = {

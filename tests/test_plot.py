@@ -124,6 +124,16 @@ def test_looks_differ_without_color():
     assert looks == [("-", "None"), ("None", "o"), ("--", "None"), ("None", "v")]
 
 
+def test_a_single_step_is_seen():
+    """A line through one point has a marker, and a marker keeps its shape."""
+    (ax,) = draw([3.0], {"fixed": oc.clip_by_global_norm(1.0)})
+    assert {name: line.get_marker() for name, line in lines(ax).items() if len(line.get_xdata()) == 1} == {
+        "norm": ".",
+        "clipped": "o",
+        "threshold": ".",
+    }
+
+
 def test_legend_names_only_what_is_there():
     """Without a clipped step or one that is not finite, the legend has none."""
     axes = draw([1.0, 2.0, 1.0], {"none": oc.clip_by_global_norm(None), "high": oc.clip_by_global_norm(5.0)})

@@ -145,6 +145,16 @@ def test_traced_bounds_are_rounded_down_as_known_ones(dtype):
         assert (out <= bound).all() and (out == known).all()
 
 
+@pytest.mark.parametrize("make", [oc.clip_weights, oc.prune_weights])
+def test_negative_bounds_known_only_now_act_as_zero(make):
+    """A traced bound, or that of a schedule, below 0 is one of 0."""
+    weights, updates = jnp.float32([-2.0, -0.5, 0.0, 0.5, 2.0]), jnp.float32([1.0, -1.0, 1.0, 0.25, -2.0])
+    expected = landed(make(0.0), weights, updates)
+    traced = jax.jit(lambda bound: landed(make(bound), weights, updates))(-1.0)
+    for actual in (traced, landed(make(lambda step: -1.0 - step), weights, updates)):
+        chex.assert_trees_all_equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_rounding_without_a_conversion(dtype):
     """What is rounded inside f32 is what a conversion to the narrower dtype gives, subnormal numbers too."""

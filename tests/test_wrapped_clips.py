@@ -39,6 +39,23 @@ def assert_close(actual, expected):
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@wrapped
+def test_params_and_extra_arguments_reach_the_clip(wrap):
+    """What is wrapped gets params and extra keyword arguments."""
+
+    def update(updates, state, params=None, *, value, **extra_args):
+        del extra_args
+        return jax.tree.map(lambda u, p: value * p, updates, params), state
+
+    tx = WRAPPED[wrap](optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update))
+    params, updates = pair(9), pair(0)
+    step = jax.jit(lambda updates, state: tx.update(updates, state, params, value=jnp.float32(2.0), unused=1.0)[0])
+    out = step(updates, tx.init(params))
+    came = jax.tree.map(lambda x, p: np.asarray(x == 2.0 * p), out, params)
+    assert any(leaf.any() for leaf in jax.tree.leaves(came))
+    chex.assert_trees_all_equal(out, jax.tree.map(lambda c, p, u: jnp.where(c, 2.0 * p, u), came, params, updates))
+
+
 # Error feedback
 
 
