@@ -173,10 +173,11 @@ def error_of(leaf, expected):
     return relative * np.abs(expected) + absolute
 
 
-def assert_near(actual, expected):
-    """Each entry within one rounding of what is expected."""
+def assert_near(actual, expected, slack=0.0):
+    """Each entry within one rounding of what is expected, or within that part of it."""
     for name, leaf in by_path(actual).items():
         relative, absolute = rounding(leaf)
+        relative = max(relative, slack)
         wanted = reference.wide(by_path(expected)[name])
         np.testing.assert_allclose(reference.wide(leaf), wanted, rtol=relative, atol=absolute, err_msg=name)
 

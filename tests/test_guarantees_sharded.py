@@ -65,11 +65,13 @@ def compiled(name):
     return jax.jit(steps)
 
 
-@given(st.sampled_from([*CLIPS]), st.sampled_from(LAYOUTS), factors, st.data())
-def test_sharded_is_one_device(name, layout, threshold, data):
-    """Updates and states are those of one device, and each leaf stays where it was."""
-    kinds, specs, axes, kind = layout
-    updates = data.draw(updates_of(lowest=-12.0, highest=4.0, kinds=[kinds], extremes=False))
+def assert_sharded_is_one_device(name, layout, threshold, updates):
+    """Updates and states are those of one device, and each leaf stays where it was.
+
+    Sums in another order may differ by half a unit in the last place for each addend: XLA on CPU adds the entries of
+    arrays without a long axis one after the other, and small ones are lost.
+    """
+    _, specs, axes, kind = layout
     mesh = trees.mesh(kind, **axes)
     threshold = np.float32(threshold)
     with precision_of(updates):
@@ -79,9 +81,24 @@ def test_sharded_is_one_device(name, layout, threshold, data):
             placed = jax.device_put(updates, placement)
             clipped, state = compiled(name)(placed, threshold)
     chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
-    chex.assert_trees_all_close(jax.device_get(state), expected_state, rtol=2e-6)
+    slack = 2.0**-24 * sum(leaf.size for leaf in updates.values())
+    chex.assert_trees_all_close(jax.device_get(state), expected_state, rtol=max(2e-6, slack))
     assert all(leaf.sharding.is_equivalent_to(placement[key], leaf.ndim) for key, leaf in clipped.items())
-    assert_near(clipped, expected)
+    assert_near(clipped, expected, slack)
+
+
+@given(st.sampled_from([*CLIPS]), st.sampled_from(LAYOUTS), factors, st.data())
+def test_sharded_is_one_device(name, layout, threshold, data):
+    updates = data.draw(updates_of(lowest=-12.0, highest=4.0, kinds=[layout[0]], extremes=False))
+    assert_sharded_is_one_device(name, layout, threshold, updates)
+
+
+def test_small_addends():
+    """Found by the property above: many entries that are lost beside large ones where they are added one by one."""
+    layout = spread(4)
+    updates = {key: np.full(kind.shape, 6e-8, kind.dtype) for key, kind in layout[0].items()}
+    updates["leaf0"][::2, 0, 0] = 0.125
+    assert_sharded_is_one_device("clip_by_global_norm_1", layout, 1e-6, updates)
 
 
 def test_layouts_cut_leaves():
