@@ -16,7 +16,7 @@ from properties import PROFILE, assert_near, factors, precision_of, updates_of
 from test_guarantees_wrapped import ADAPTIVE, NORMS
 
 MESHES = ({"data": 8}, {"data": 4, "model": 2})
-SIZES = [1, 2, 3, 4, 8, 16]
+SIZES = [1, 2, 3, 4, 8]
 DTYPES = ("float32", "float32", "bfloat16", "float16", "float64", "complex64", "float8_e5m2")
 
 
@@ -40,13 +40,14 @@ def spread(seed: int):
 
 
 # A program for each clip, layout and number of devices: many more than these are too many for one process.
-LAYOUTS = [spread(seed) for seed in ((4, 31) if PROFILE == "normal" else range(8))]
+LAYOUTS = [spread(seed) for seed in ((4, 7) if PROFILE == "normal" else range(8))]
 LAYOUTS = [layout for layout in LAYOUTS if any(any(spec) for spec in layout[1])]
 CLIPS = {case.name: case.make for case in clips.CLIPS} | {
     f"{name} {scope}": lambda threshold, make=make, norm=norm: make(norm)
     for name, make in ADAPTIVE.items()
     for scope, norm in list(NORMS.items())[: 2 if PROFILE == "normal" else 3]
 }
+OF_ENTRIES = {case.name for case in clips.CLIPS if case.scope == "entry"}
 
 
 @functools.cache
@@ -69,7 +70,8 @@ def assert_sharded_is_one_device(name, layout, threshold, updates):
     """Updates and states are those of one device, and each leaf stays where it was.
 
     Sums in another order may differ by half a unit in the last place for each addend: XLA on CPU adds the entries of
-    arrays without a long axis one after the other, and small ones are lost.
+    arrays without a long axis one after the other, and small ones are lost. Clips of entries add up nothing but the
+    numbers in their states.
     """
     _, specs, axes, kind = layout
     mesh = trees.mesh(kind, **axes)
@@ -84,7 +86,7 @@ def assert_sharded_is_one_device(name, layout, threshold, updates):
     slack = 2.0**-24 * sum(leaf.size for leaf in updates.values())
     chex.assert_trees_all_close(jax.device_get(state), expected_state, rtol=max(2e-6, slack))
     assert all(leaf.sharding.is_equivalent_to(placement[key], leaf.ndim) for key, leaf in clipped.items())
-    assert_near(clipped, expected, slack)
+    assert_near(clipped, expected, 0.0 if name in OF_ENTRIES else slack)
 
 
 @given(st.sampled_from([*CLIPS]), st.sampled_from(LAYOUTS), factors, st.data())
@@ -95,9 +97,10 @@ def test_sharded_is_one_device(name, layout, threshold, data):
 
 def test_small_addends():
     """Found by the property above: many entries that are lost beside large ones where they are added one by one."""
-    layout = spread(4)
-    updates = {key: np.full(kind.shape, 6e-8, kind.dtype) for key, kind in layout[0].items()}
-    updates["leaf0"][::2, 0, 0] = 0.125
+    kind = jax.ShapeDtypeStruct((16, 4, 16, 16), np.float16)
+    updates = {"leaf": np.full(kind.shape, 6e-8, kind.dtype)}
+    updates["leaf"][::2, 0, 0] = 0.125
+    layout = {"leaf": kind}, [P("data")], {"data": 8}, AxisType.Auto
     assert_sharded_is_one_device("clip_by_global_norm_1", layout, 1e-6, updates)
 
 
