@@ -151,12 +151,12 @@ def _at_most(value: Any, dtype: Any) -> jax.Array:
 
 
 def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
-    """The nearest number of a narrower dtype, in the wider one: compilers may leave out converting there and back."""
-    info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
-    if info.nexp == jnp.finfo(x.dtype).nexp:
+    """The nearest number of a narrower dtype that holds it: compilers may leave out converting there and back."""
+    info, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    rounded = jax.lax.reduce_precision(x, own.nexp, info.nmant)
+    if info.nexp == own.nexp:
         return rounded
-    # Subnormal numbers, which that makes 0, are multiples of the smallest.
+    # Subnormal numbers are multiples of the smallest.
     smallest = float(info.smallest_subnormal)
     tiny = jnp.abs(x) < float(info.smallest_normal)
     return jnp.where(tiny, jnp.round(jnp.where(tiny, x, 0.0) * (1 / smallest)) * smallest, rounded)

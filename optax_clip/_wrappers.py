@@ -135,7 +135,7 @@ def _rounded(x: jax.Array, like: Any) -> jax.Array:
     dtype = jnp.asarray(like).dtype
     x = _saturated(x, dtype)
     # Rounded before the conversion, which compilers leave out if its inverse follows.
-    return (rounded_to(x, dtype) if dtype in (jnp.bfloat16, jnp.float16) else x).astype(dtype)
+    return (rounded_to(x, dtype) if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits else x).astype(dtype)
 
 
 def _left(total: jax.Array, update: Any, carry: jax.Array) -> jax.Array:
