@@ -31,10 +31,12 @@ def _l2_norms(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     """sqrt(Σ |x|² / count) of each block, by what suits the device."""
     in_steps, in_f64 = (functools.partial(method, layout, counts) for method in (_l2_in_steps, _l2_in_f64))
     split = functools.partial(_l2_split, layout, sizes, counts)
+    # On CPU XLA would keep a copy of squares that an optimizer also takes: those of gradients that are not scaled.
+    apart = lambda values: in_steps(jax.tree.map(jax.lax.optimization_barrier, values), hidden=True)
     # Of the other methods, `in_steps` adds least to the only read, but it takes the second read for a block of zeros,
     # which a whole tree is not, and at unit scope it asks all devices whether to.
     default = in_steps if len(values) == 1 else split
-    return jax.lax.platform_dependent(values, cpu=in_steps, cuda=in_f64, rocm=in_f64, default=default)
+    return jax.lax.platform_dependent(values, cpu=apart, cuda=in_f64, rocm=in_f64, default=default)
 
 
 @_l2_norms.defjvp
@@ -53,10 +55,14 @@ def _(layout, sizes, counts, primals, tangents):
 
 def _l2_in_f64(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
     """For GPUs: on an H100 sums in f64 hide behind the read, and they need no second one."""
-    dtypes = [jnp.result_type(jnp.float32, *(wide(x) for x in block)) for block in values]
     with jax.enable_x64(True):
-        sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, None, jnp.float64))
-        return [jnp.sqrt(s / n).astype(dtype) for s, n, dtype in zip(sums, counts, dtypes)]
+        sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, jnp.float64))
+        return [jnp.sqrt(s / n).astype(dtype) for s, n, dtype in zip(sums, counts, _dtypes(values))]
+
+
+def _dtypes(values: list) -> list:
+    """The real dtype that holds the numbers of each block, f32 at least."""
+    return [jnp.result_type(jnp.float32, *(wide(x) for x in block)) for block in values]
 
 
 def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
@@ -67,12 +73,12 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     # The barrier keeps XLA from multiplying scales first, or entries, where it knows them.
     hidden = {k: jax.lax.optimization_barrier(jnp.float32(k)) for k in {*small, *large, *edges}}
 
-    n = len(values)
+    n, dtypes = len(values), _dtypes(values)
 
     def sum_of_squares(i, x, axes):
         block, is_large = i % n, i >= n
         kept = [jnp.where((jnp.abs(y) >= hidden[edges[block]]) == is_large, y, 0.0) for y in real_parts(x)]
-        return _sum_of_squares(kept, axes, hidden[(large if is_large else small)[block]])
+        return _sum_of_squares(kept, axes, dtypes[block], hidden[(large if is_large else small)[block]])
 
     sums = _reduce(values + values, layout + layout, sum_of_squares)  # of small entries, and then of large ones
     packing = packing_of(sums[:n])
@@ -85,13 +91,11 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     return packing.unpack(norms)
 
 
-def _l2_in_steps(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax.Array]:
-    """In one read, and in a second one at another scale where squares left the range of f32."""
-    # On CPU XLA would keep a copy of squares that an optimizer also takes: those of gradients that are not scaled.
-    hidden = jax.lax.platform_dependent(
-        values, cpu=lambda values: jax.tree.map(jax.lax.optimization_barrier, values), default=lambda values: values
-    )
-    sums = _reduce(hidden, layout, lambda i, x, axes: _sum_of_squares([x], axes))
+def _l2_in_steps(layout: tuple, counts: tuple[int, ...], values: list, *, hidden: bool = False) -> list[jax.Array]:
+    """In one read, and in a second one at another scale where squares left the range of f32. `hidden`: behind a
+    barrier."""
+    dtypes = _dtypes(values)
+    sums = _reduce(values, layout, lambda i, x, axes: _sum_of_squares([x], axes, dtypes[i]))
     packing = packing_of(sums)
     packed_sums, packed_counts = packing.pack(sums), packing.pack(counts)
     norms = [jnp.sqrt(s / n) for s, n in zip(packed_sums, packed_counts)]
@@ -104,10 +108,11 @@ def _l2_in_steps(layout: tuple, counts: tuple[int, ...], values: list) -> list[j
         return jnp.where(s > 1, k, _SMALL).astype(s.dtype)
 
     def measure_again(values, sums, norms):
-        # The barrier keeps XLA from multiplying the scales first where it knows the values: 2^-66 squared is 0.
         scales = [second_scale(s, k) for s, k in zip(sums, large)]
-        values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
-        again = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, scales[i]))
+        if not hidden:  # where XLA knows the values it would multiply the scales first: 2^-66 squared is 0
+            values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
+        merged = _merged(values, layout)
+        again = _reduce(*merged, lambda i, xs, axes: _sum_of_squares(xs, axes, dtypes[i], scales[i]))
         return [
             jnp.where(unsafe(s), jnp.sqrt(a / n) / second_scale(s, k), norm)
             for s, a, n, k, norm in zip(
@@ -123,11 +128,9 @@ def _half_log2(n: int) -> int:
     return math.ceil(math.log2(n) / 2)
 
 
-def _sum_of_squares(
-    xs: list, axes: tuple[int, ...] | None, scale: jax.Array | None = None, dtype: Any = None
-) -> jax.Array:
-    """Over the entries of all `xs`, which are alike, in `dtype` or in the least that is wide enough."""
-    parts = [part.astype(dtype or part.dtype) for x in xs for part in real_parts(x)]
+def _sum_of_squares(xs: list, axes: tuple[int, ...] | None, dtype: Any, scale: jax.Array | None = None) -> jax.Array:
+    """Over the entries of all `xs`, which are alike, in `dtype`."""
+    parts = [part.astype(dtype) for x in xs for part in real_parts(x)]
     scaled = [part if scale is None else part * scale.astype(part.dtype) for part in parts]
     return _over(jnp.sum, fold(jnp.add, [jnp.square(part) for part in scaled]), axes)
 
@@ -200,7 +203,8 @@ def _anywhere(flags: list[jax.Array], layout: tuple) -> jax.Array:
 def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
     """Norms of order 1 and inf in one read; others in two, relative to the largest entry, so no power overflows."""
     if ord == 1:
-        return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x), axes))
+        dtypes = _dtypes(values)
+        return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x).astype(dtypes[i]), axes))
 
     def peak(i, x, axes):
         size = _magnitude(x)

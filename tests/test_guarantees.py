@@ -62,12 +62,8 @@ def test_bound_and_direction(case, updates, form, data):
     assume(case.keeps_small or all(norm == 0 or norm > 2e-27 for norm in norms.values()))  # may be taken for 0
     clipped, state = step(case, updates, threshold, form)
     numbers = reference.block_numbers(case, leaves)
-    in_f64, in_f32 = (
-        {b for name, leaf in leaves.items() if (leaf.real.itemsize == 8) == wide for b in np.unique(numbers[name])}
-        for wide in (True, False)
-    )
+    in_f64 = {b for name, leaf in leaves.items() if leaf.real.itemsize == 8 for b in np.unique(numbers[name])}
     above = {b for b, norm in norms.items() if norm > LARGEST}
-    assume(not above & in_f64 & in_f32)  # sums of f32 leaves may overflow before they meet others
     lost = above - in_f64  # norms of f64 go on
     # What processors flush to 0 may be scaled up.
     growth = {b: 1.0 if case.keeps_small or norm == 0 else max(1.0, threshold / norm) for b, norm in norms.items()}

@@ -88,7 +88,7 @@ def loss(params, x, y):
 def f16_gradients(params, scale, x, y):
     """Gradients of a scaled loss, unscaled in f32."""
     grads = jax.grad(lambda p: scale * loss(p, x, y))(COMPUTE["f16"](params))
-    grads = jax.lax.optimization_barrier(grads)  # or compilers leave out converting to f16 and back, and nothing overflows
+    grads = jax.lax.optimization_barrier(grads)  # or compilers leave out converting to f16 and back: no overflow
     return jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
 
 
