@@ -30,7 +30,7 @@ def adaptive_grad_clip(
 
     updates_u ← updates_u · t_u / max(norm_u, 1e-6)  where norm_u > t_u,  t_u = clipping · max(norm of params_u, eps)
 
-    This is `clip_by_norm(unit_norm, param_fraction(clipping, unit_norm, eps))`.
+    This is `clip_by_norm(unit_norm, param_fraction(clipping, unit_norm, eps))`, but for norms below 1e-6.
 
     Args:
       clipping: largest ratio of the two norms, the paper's λ, >= 0: a number, a scalar array (traced too), an Optax
@@ -64,8 +64,8 @@ def adaptive_grad_clip(
 
     References:
       Brock, De, Smith, Simonyan, High-performance large-scale image recognition without normalization, 2021,
-      arXiv 2102.06171. Numbers are those of `optax.adaptive_grad_clip`, whose docstring says that rank 3 reduces axes
-      (0, 1, 2): its code, and this, reduce axis 0.
+      arXiv 2102.06171. In f32 numbers are those of `optax.adaptive_grad_clip`. The docstring of its `unitwise_norm`
+      says that rank 3 reduces axes (0, 1, 2): its code, and this, reduce axis 0.
     """
     caller = "adaptive_grad_clip"
     axis = _checks.axis(axis, caller=caller)
@@ -150,8 +150,8 @@ def zclip(
     or mean + z_max · deviation, also for z ≤ z_max  ("limit")
 
     This is `clip_by_norm(global_norm, z_score(...))`; mean and deviation are exponential averages of the norms after
-    clipping, see `z_score`. The authors' `max_grad_norm` is a second clip:
-    `optax.chain(zclip(), clip_by_global_norm(1.0))`.
+    clipping, see `z_score`. The authors' second clip, by `max_grad_norm`:
+    `clip_by_norm(global_norm, minimum(z_score(), 1.0))`.
 
     Args:
       z_max: deviations above the mean from which a norm is a spike, >= 0, a number or traced scalar; 2 to 2.5 in the

@@ -18,7 +18,7 @@ class Replay(NamedTuple):
 
     norm: jax.Array  # f32[steps]: before clipping
     threshold: jax.Array  # f32[steps]: NaN where the norm is not finite and the clip adapts
-    scale: jax.Array  # f32[steps]: 1 where nothing changed, NaN where the norm is not finite
+    scale: jax.Array  # f32[steps]: 1 where nothing changed, NaN where a norm under a threshold is not finite
     clipped: jax.Array  # bool[steps]: norm > threshold; False where the norm is not finite
 
 

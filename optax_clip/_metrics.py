@@ -22,18 +22,18 @@ def clip_metrics(opt_state: Any, prefix: str = "clip") -> dict[str, jax.Array]:
     inside jit and scan; it reads numbers that the step computed anyway.
 
     Args:
-      opt_state: an optimizer state that holds at least one `ClipState` or `WeightState`.
+      opt_state: an optimizer state that holds at least one `ClipState`, `SkipState` or `WeightState`.
       prefix: first part of the names.
 
     Returns:
       `{"clip/norm": ..., "clip/threshold": ..., "clip/scale": ..., "clip/clip_rate": ...}`, f32[] each: the norm
       *before* clipping (so it may exceed the threshold), the mean threshold and scale over blocks, and the running
       mean over steps of the share of blocks above their threshold. With several clips the path of each stands
-      between: `clip/0/norm`. `skip_spikes` adds `clip/total_skipped` and `clip/consecutive_skipped`, i32[] each; clips
-      of weights `clip/touched`, f32[].
+      between: `clip/0/norm`. `skip_spikes` adds `clip/total_skipped` and `clip/consecutive_skipped`, i32[] each;
+      `clip_weights` and `prune_weights` add `clip/touched`, f32[].
 
     Raises:
-      ValueError: there is no norm clip or clip of weights in the state.
+      ValueError: nothing in the state measures: no norm clip, `skip_spikes`, `clip_weights` or `prune_weights`.
 
     Example:
       >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))

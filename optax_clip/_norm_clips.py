@@ -51,7 +51,7 @@ def clip_by_global_norm(
 
     References:
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks, 2012, arXiv 1211.5063.
-      Numbers are those of `optax.clip_by_global_norm`; PyTorch's `clip_grad_norm_` adds 1e-6 to the norm it divides by.
+      In f32 numbers are those of `optax.clip_by_global_norm`; PyTorch's `clip_grad_norm_` divides by the norm + 1e-6.
     """
     caller = "clip_by_global_norm"
     rule = as_threshold(max_norm, caller=caller, name="max_norm")
@@ -178,8 +178,8 @@ def clip_by_block_rms(
       [1.2 1.6 0.  0. ]
 
     References:
-      Shazeer, Stern, Adafactor, 2018, arXiv 1804.04235, where it clips the update and the threshold is 1. Numbers are
-      those of `optax.clip_by_block_rms`.
+      Shazeer, Stern, Adafactor, 2018, arXiv 1804.04235, where it clips the update and the threshold is 1. In f32
+      numbers are those of `optax.clip_by_block_rms`.
     """
     caller = "clip_by_block_rms"
     norm = functools.partial(block_rms, axis=_checks.axis(axis, caller=caller), axis_name=axis_name)

@@ -38,9 +38,9 @@ def clip_weights(max_value: Any) -> optax.GradientTransformationExtraArgs:
 
     Guarantees:
       After `optax.apply_updates` no real weight lies outside, by not even a rounding, for any size of weights and
-      updates and every dtype of the parameters; complex ones by a few eps of the old weight at most. Updates that end
-      inside are bit-identical, but for those that end within a few roundings of the bound. A weight 2^22 times the
-      bound or more may go to 0 first. A NaN stays NaN, and so does a weight of inf, which no update can bring back.
+      updates in f16, bf16, f32 and f64; complex ones by a few eps of the old weight at most. Updates that end inside
+      are bit-identical, but for those that end within a few roundings of the bound. A weight 2^22 times the bound or
+      more may go to 0 first. A NaN stays NaN, and so does a weight of inf, which no update can bring back.
 
     Example:
       >>> tx = clip_weights(1.0)
