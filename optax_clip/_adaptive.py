@@ -30,7 +30,8 @@ def adaptive_grad_clip(
 
     updates_u ← updates_u · t_u / max(norm_u, 1e-6)  where norm_u > t_u,  t_u = clipping · max(norm of params_u, eps)
 
-    This is `clip_by_norm(unit_norm, param_fraction(clipping, unit_norm, eps))`, but for norms below 1e-6.
+    This is `clip_by_norm(unit_norm, param_fraction(clipping, unit_norm, eps))`,
+    except that norms below 1e-6 are divided by 1e-6.
 
     Args:
       clipping: largest ratio of the two norms, the paper's λ, >= 0: a number, a scalar array (traced too), an Optax
@@ -150,7 +151,7 @@ def zclip(
     or mean + z_max · deviation, also for z ≤ z_max  ("limit")
 
     This is `clip_by_norm(global_norm, z_score(...))`; mean and deviation are exponential averages of the norms after
-    clipping, see `z_score`. The authors' second clip, by `max_grad_norm`:
+    clipping, see `z_score`. The authors clip a second time, by `max_grad_norm`: here
     `clip_by_norm(global_norm, minimum(z_score(), 1.0))`.
 
     Args:

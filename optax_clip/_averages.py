@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
-from optax_clip._reductions import root_of_squares, squares, total
-from optax_clip._thresholds import Threshold, as_threshold, cast, per_block
+from optax_clip._reductions import quotient, root_of_squares, squares, total
+from optax_clip._thresholds import Threshold, as_threshold, cast, per_block, thresholds_of
 
 
 class ZScoreState(NamedTuple):
@@ -82,13 +82,16 @@ def z_score(
         warm = (seen.astype(jnp.float32) < jnp.maximum(cast(warmup_steps, jnp.float32), 1)) | (
             (mean == 0) & (deviation == 0)
         )
-        limit = mean + jnp.where(most == jnp.inf, jnp.inf, most * deviation)  # not inf · 0
-        bound = limit if spike == "limit" else mean + most * (deviation + 1e-6)
+        # Not inf · 0, whose derivative is NaN where a select follows.
+        endless = most == jnp.inf
+        most = jnp.where(endless, 0.0, most)
+        limit = jnp.where(endless, jnp.inf, mean + most * deviation)
+        bound = limit if spike == "limit" else jnp.where(endless, jnp.inf, mean + most * (deviation + 1e-6))
         above = norm > bound
         # Of the numbers where it matters; elsewhere of harmless ones.
         z = jnp.where(above, (norm - mean) / (deviation + 1e-6), 1.0)
         target = {
-            "rescale": (mean + most * deviation * (most / z)) * cast(factor, jnp.float32),
+            "rescale": jnp.where(above & ~warm, mean + most * deviation * (most / z), 1.0) * cast(factor, jnp.float32),
             "mean": mean,
             "limit": limit,
         }[spike]
@@ -96,10 +99,10 @@ def z_score(
         # Deviations rather than variances: squares would leave the range of f32.
         n = (seen + 1).astype(jnp.float32)
         first_mean = mean + (norm - mean) / n
-        first_deviation = jnp.hypot(deviation, (norm - mean) / jnp.sqrt(n)) * jnp.sqrt((n - 1) / n)
+        first_deviation = _hypot(deviation, (norm - mean) / jnp.sqrt(n)) * jnp.sqrt((n - 1) / n)
         x = jnp.minimum(norm, threshold)
         next_mean = mean + (1 - keep) * (x - mean)
-        next_deviation = jnp.hypot(jnp.sqrt(keep) * deviation, jnp.sqrt(1 - keep) * (x - next_mean))
+        next_deviation = _hypot(jnp.sqrt(keep) * deviation, jnp.sqrt(1 - keep) * (x - next_mean))
         return jnp.where(warm, jnp.inf, threshold), ZScoreState(
             jnp.asarray(optax.safe_increment(seen)),
             jnp.where(warm, first_mean, next_mean),
@@ -107,6 +110,19 @@ def z_score(
         )
 
     return per_block(init, update)
+
+
+@jax.custom_jvp
+def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.hypot`, with a derivative that stays in the range of f32."""
+    return jnp.hypot(a, b)
+
+
+@_hypot.defjvp
+def _(primals, tangents):
+    h = _hypot(*primals)
+    unit = jnp.where(h == 0, 1.0, h)
+    return h, sum(quotient(x, unit) * dx for x, dx in zip(primals, tangents))
 
 
 class EmaRatioState(NamedTuple):
@@ -168,7 +184,9 @@ def ema_ratio(max_norm: Any = 1.0, max_ratio: Any = 1.05, decay: Any = 0.98, war
 
     def of_block(norm, state, shared_scale):
         warm = in_warmup(state)
-        threshold = jnp.where(warm, norm * shared_scale, cast(max_ratio, jnp.float32) * state.mean)
+        threshold = jnp.where(
+            warm, norm * shared_scale, cast(max_ratio, jnp.float32) * jnp.where(warm, 1.0, state.mean)
+        )
         x = jnp.minimum(norm, threshold)
         smallest = jnp.where((state.mean == 0) | ((x > 0) & (x < state.mean)), x, state.mean)
         average = state.mean + (1 - cast(decay, jnp.float32)) * (x - state.mean)
@@ -187,7 +205,7 @@ def ema_ratio(max_norm: Any = 1.0, max_ratio: Any = 1.05, decay: Any = 0.98, war
     def update_all(norms, state, params):
         blocks, cap_state = state
         whole = total_norm(norms)
-        (bound,), new_cap_state = cap.update((whole,), cap_state, params)
+        (bound,), new_cap_state = thresholds_of(cap, (whole,), cap_state, params)
         bound = jnp.maximum(bound, 0.0)  # keeps NaN
         over = whole > bound
         n = jnp.where(over & jnp.isfinite(whole), whole, 1.0)

@@ -1,7 +1,7 @@
 """From a tree of updates to blocks: which leaves count, which part of a leaf shares a norm, over which devices."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,11 @@ def is_counted(leaf: object) -> bool:
 def wide(x: jax.Array) -> Any:
     """The real dtype to compute in: f64 for f64 and complex128, else f32."""
     return jnp.float64 if x.real.dtype == jnp.float64 else jnp.float32
+
+
+def widest(dtypes: Iterable) -> Any:
+    """Of f32 and f64, or of one dtype. Where promotion is strict, `jnp.promote_types` refuses."""
+    return max(map(jnp.dtype, dtypes), key=lambda dtype: dtype.itemsize)
 
 
 def broadcast(prefix: Any, tree: Any, *, caller: str, name: str, is_leaf: Callable[[Any], bool] | None = None) -> list:

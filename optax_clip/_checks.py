@@ -37,6 +37,16 @@ NUMBER = "a number or a scalar array"
 _NOT_REAL = (bool, np.bool_, str, bytes, complex, np.complexfloating)
 
 
+def is_real(value: Any) -> bool:
+    """True for real numbers and arrays of them; booleans are none."""
+    dtype = getattr(value, "dtype", np.dtype(float))
+    return _is_number(value) and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
+
+
+def _is_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, _NOT_REAL)
+
+
 def scalar(
     value: Any,
     *,
@@ -50,9 +60,9 @@ def scalar(
     """Raises unless `value` is a real scalar; where its value is known, also unless it lies in [low, high]."""
     one = kinds == NUMBER
     kinds = kinds or "a number, a scalar array, a schedule, or None"
-    if isinstance(value, _NOT_REAL) or not hasattr(value, "__float__"):
+    if not _is_number(value):
         raise TypeError(f"{caller}: {name} must be {kinds}, got {_show(value)}. Pass one of these.")
-    shape, dtype = jnp.shape(value), getattr(value, "dtype", np.dtype(float))
+    shape = jnp.shape(value)
     if shape != ():
         trees = (
             "For a number for each leaf pass a tree of scalars, where blocks are leaves or smaller; for each group use "
@@ -61,8 +71,8 @@ def scalar(
         raise ValueError(
             f"{caller}: {name} must be a scalar, got an array of shape {shape}. {'Pass one number.' if one else trees}"
         )
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"{caller}: {name} must be {kinds}, got dtype {dtype}. Pass a real number.")
+    if not is_real(value):
+        raise TypeError(f"{caller}: {name} must be {kinds}, got dtype {value.dtype}. Pass a real number.")
     try:
         known = concrete(value)
     except OverflowError:
@@ -203,6 +213,14 @@ def labels(tree: Any, *, caller: str) -> set:
 def function(value: Any, *, caller: str, name: str, example: str) -> None:
     if not callable(value):
         raise TypeError(f"{caller}: {name} must be a function, got {_show(value)}. For example: {example}.")
+
+
+def state(value: Any, kind: Any, *, caller: str) -> None:
+    if not all(hasattr(value, field) for field in kind._fields):
+        raise TypeError(
+            f"{caller}: state must have the fields of {kind.__name__}, got {type(value).__name__}. Pass what init or "
+            "the last update returned; for a checkpoint without it, make a new one with init."
+        )
 
 
 def params_given(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _checks
-from optax_clip._blocks import broadcast, is_counted, varying
+from optax_clip._blocks import broadcast, is_counted, varying, wide
 from optax_clip._packing import Packing, packing_of
 from optax_clip._reductions import real_parts, root, root_of_squares, squares, total
 from optax_clip._responses import shrink
-from optax_clip._thresholds import Threshold, as_thresholds, is_threshold
+from optax_clip._thresholds import Threshold, as_thresholds, is_threshold, thresholds_of
 
 
 class ClipState(NamedTuple):
@@ -38,12 +38,12 @@ def clip_by_norm(
     Args:
       norm: how big each block is: `global_norm`, `leaf_norm`, `unit_norm`, `block_rms`, `group_norm(labels)`, one of
         these configured by `functools.partial`, or a function from updates to a prefix tree of arrays (leaves that
-        carry the same array are one block, None leaves them alone).
+        carry the same array are one block, so do not compile it by itself; None leaves them alone).
       threshold: >= 0, in units of the norm. A number, a scalar array (traced too), an Optax schedule, a `Threshold`
         (`z_score()`, `quantile()`, ...), an Optax transformation from norm to threshold, None (measure only), or a
         prefix tree of these where blocks are leaves or smaller.
       response: from a block's norm and threshold to its factor: `shrink` (the default), `normalize`, `smooth`,
-        `tanh`, or a function of two arrays, asked only where 0 < norm < inf and threshold < inf.
+        `tanh`, or a function of two arrays, asked only where 0 < norm < inf and threshold < inf. Below 0 acts as 0.
 
     Returns:
       A transformation with the state `ClipState`: i32[] and f32[] scalars, and what the threshold keeps.
@@ -119,11 +119,12 @@ def norm_step(
         return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
 
     def step_fn(updates, state, params):
+        _checks.state(state, ClipState, caller=caller)
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         try:
             thresholds, rule = blocks.thresholds(state.rule, params)
             pairs = [_scale_and_factor(n, t, respond, caller) for n, t in zip(blocks.norms, thresholds)]
-        except (TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             blocks.check_state(state.rule)
             raise
         scales, factors = [scale for scale, _ in pairs], [factor for _, factor in pairs]
@@ -155,11 +156,18 @@ class _Blocks:
         self.rules = list({id(rule): rule for rule in rules}.values())
         norms = broadcast(norm_tree, updates, caller=caller, name="the result of norm")
         by_leaf = [norm if is_counted(leaf) else None for norm, leaf in zip(norms, jax.tree.leaves(updates))]
+        for norm, leaf in zip(by_leaf, jax.tree.leaves(updates)):
+            if norm is not None and not _fits(jnp.shape(norm), jnp.shape(leaf)):
+                raise ValueError(
+                    f"{caller}: norm must return arrays that broadcast against their leaves, got shape "
+                    f"{jnp.shape(norm)} for a leaf of shape {jnp.shape(leaf)}. Reduce with keepdims=True."
+                )
         # A norm that is one array for the whole tree is a block even where the tree is empty.
         whole = [norm_tree] if _checks.is_leaf(norm_tree) and norm_tree is not None else []
         distinct = {id(norm): norm for norm in [*whole, *by_leaf] if norm is not None}
         place = {key: i for i, key in enumerate(distinct)}
         blocks = [jnp.asarray(norm) for norm in distinct.values()]
+        blocks = [norm.astype(wide(norm)) for norm in blocks]  # those of the user, too
         self.of_leaf = [None if norm is None else place[id(norm)] for norm in by_leaf]
         self.rule_of = self._rules_of_blocks(rule_tree, len(blocks), name)
         self.packing = packing_of(blocks, self.rule_of)
@@ -214,7 +222,8 @@ class _Blocks:
         for (rule, own), old in zip(self._by_rule(), states):
             norms = tuple(self.norms[i] for i in own)
             blocks = {b for i in own for b in self.packing.groups[i]}
-            values, new = rule.update(norms, old, self._params_of(params, blocks) if rule.needs_params else None)
+            own_params = self._params_of(params, blocks) if rule.needs_params else None
+            values, new = thresholds_of(rule, norms, old, own_params)
             new_states.append(new)
             for i, value in zip(own, values):
                 out[i] = jnp.maximum(value, 0.0)  # keeps NaN
@@ -228,6 +237,10 @@ class _Blocks:
         return jax.tree.structure(self.updates).unflatten(kept)
 
 
+def _fits(norm: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
+    return len(norm) <= len(leaf) and all(n in (1, size) for n, size in zip(norm[::-1], leaf[::-1]))
+
+
 def _scale_and_factor(
     norm: jax.Array, threshold: jax.Array, respond: Callable, caller: str
 ) -> tuple[jax.Array, jax.Array]:
@@ -237,20 +250,23 @@ def _scale_and_factor(
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
     n, t = jnp.where(live, norm, 1.0), jnp.where(live, threshold, 1.0)
-    answer = respond(n, t)
-    if jnp.shape(answer) not in ((), norm.shape):
-        raise ValueError(
-            f"{caller}: response must return a factor for each norm, got shape {jnp.shape(answer)} for norms of shape "
-            f"{norm.shape}. "
-            "It is a function of two arrays, norm and threshold, entry by entry."
-        )
-    scale = jnp.where(live, answer, jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)
+
+    def response_to(n):
+        answer = respond(n, t)
+        if jnp.shape(answer) not in ((), norm.shape):
+            raise ValueError(
+                f"{caller}: response must return a factor for each norm, got shape {jnp.shape(answer)} for norms of "
+                f"shape {norm.shape}. It is a function of two arrays, norm and threshold, entry by entry."
+            )
+        return jnp.where(answer < 0, 0.0, answer)
+
+    scale = jnp.where(live, response_to(n), jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)
     # A scale below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
     far = (scale < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
     near = (scale > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
     half = jnp.where(far, 2.0**-48, jnp.where(near, 2.0**48, 1.0)).astype(norm.dtype)
-    root_of_scale = root(jnp.where(far | near, respond(n * half * half, t), 1.0), 1 / half)
+    root_of_scale = root(jnp.where(far | near, response_to(n * half * half), 1.0), 1 / half)
     factor = jnp.where(far | near, -root_of_scale, jnp.where((norm == 0) & (threshold == 0), 0.0, scale))
     # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
     # every entry. The divisor is 1, since norms are not negative, but it does not know that.

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optax_clip import _checks
-from optax_clip._blocks import is_counted, varying, wide
+from optax_clip._blocks import is_counted, varying, wide, widest
 from optax_clip._packing import ones_apart
 from optax_clip._reductions import total
 from optax_clip._values import bounds_at, check_bounds, within_disc
@@ -35,6 +35,7 @@ def entrywise(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        _checks.state(state, WeightState, caller=caller)
         pairs, treedef = _pairs(updates, params, caller)
         bounds = bounds_at(state.step, bound, updates, caller=caller, name=name, low=0.0)
         new, landed = [], []
@@ -53,11 +54,12 @@ def entrywise(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def on_weights(init: Callable, project: Callable, *, caller: str) -> optax.GradientTransformationExtraArgs:
-    """The update that takes the weights to where `project(weights, state, params)` wants them."""
+def on_weights(init: Callable, project: Callable, kind: type, *, caller: str) -> optax.GradientTransformationExtraArgs:
+    """The update that takes the weights to where `project(weights, state, params)` wants them, its state a `kind`."""
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
+        _checks.state(state, kind, caller=caller)
         pairs, treedef = _pairs(updates, params, caller)
         wide_pairs = [pair and _widened(*pair) for pair in pairs]
         landing = [pair and pair[0] + pair[1] for pair in wide_pairs]
@@ -142,7 +144,7 @@ def _at_most(value: Any, dtype: Any) -> jax.Array:
         known = min(float(value), float(info.max))
         rounded = np.asarray(known).astype(dtype)
         return jnp.asarray(rounded if float(rounded) <= known else np.nextafter(rounded, np.zeros_like(rounded)))
-    known = value.astype(jnp.promote_types(value.dtype, wide(jnp.zeros([], dtype))))
+    known = value.astype(widest([value.dtype, wide(jnp.zeros([], dtype))]))
     known = jnp.minimum(known, float(info.max))  # keeps NaN
     nearest = known.astype(dtype)
     if nearest.dtype == known.dtype:

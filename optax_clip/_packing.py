@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_clip._blocks import varying
+from optax_clip._blocks import varying, widest
 
 
 class Packing(NamedTuple):
@@ -22,7 +22,7 @@ class Packing(NamedTuple):
         return [self._joined([arrays[i] for i in group], group) for group in self.groups]
 
     def _joined(self, arrays: list, group: tuple[int, ...]) -> jax.Array:
-        dtype = jnp.result_type(*{self.dtypes[i] for i in group})
+        dtype = widest(self.dtypes[i] for i in group)
         if len(arrays) == 1:
             return arrays[0]
         if not isinstance(arrays[0], jax.Array):
@@ -69,7 +69,9 @@ def ones_apart(step: jax.Array, count: int) -> list[jax.Array]:
 
     It writes out the broadcast of a scalar that several kernels share, and joins scalars that are the same.
     """
-    unknown = lambda step: _entries(jnp.where(jnp.arange(count) + step < 0, 2.0, 1.0).astype(jnp.float32))
+    unknown = lambda step: _entries(
+        jnp.where(jnp.arange(count, dtype=step.dtype) + step < 0, 2.0, 1.0).astype(jnp.float32)
+    )
     return jax.lax.platform_dependent(step, cpu=unknown, default=lambda step: [jnp.ones([], jnp.float32)] * count)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-from optax_clip._blocks import Mesh, varying, wide
+from optax_clip._blocks import Mesh, varying, wide, widest
 from optax_clip._packing import packing_of
 
 _LARGE, _SMALL = 2.0**-66, 2.0**62  # scales at which the squares of large and of small numbers are normal numbers
@@ -46,8 +47,11 @@ def _(layout, sizes, counts, primals, tangents):
     pairs = [list(zip(*block)) for block in zip(*primals, *tangents)]
 
     def part(i, x_and_dx, axes):
-        x, dx = (at_least_f32(a) for a in x_and_dx)
-        return _over(jnp.sum, (jnp.conj(x) * (1 / units[i]) * dx).real, axes)
+        unit = units[i]
+        x, dx = ([p.astype(unit.dtype) for p in real_parts(a)] for a in x_and_dx)
+        # That of a norm that is not finite is 0: what leaves no trace in the statistics leaves none in derivatives.
+        slopes = [jnp.where(jnp.isfinite(unit), quotient(p, unit), 0.0) * dp for p, dp in zip(x, dx)]
+        return _over(jnp.sum, fold(jnp.add, slopes), axes)
 
     sums = _reduce(pairs, layout, part)
     return norms, [s / n for s, n in zip(sums, counts)]
@@ -62,7 +66,7 @@ def _l2_in_f64(layout: tuple, counts: tuple[int, ...], values: list) -> list[jax
 
 def _dtypes(values: list) -> list:
     """The real dtype that holds the numbers of each block, f32 at least."""
-    return [jnp.result_type(jnp.float32, *(wide(x) for x in block)) for block in values]
+    return [widest([jnp.float32, *map(wide, block)]) for block in values]
 
 
 def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], values: list) -> list[jax.Array]:
@@ -77,7 +81,8 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
 
     def sum_of_squares(i, x, axes):
         block, is_large = i % n, i >= n
-        kept = [jnp.where((jnp.abs(y) >= hidden[edges[block]]) == is_large, y, 0.0) for y in real_parts(x)]
+        parts, edge = real_parts(x), hidden[edges[block]]
+        kept = [jnp.where((jnp.abs(y) >= edge.astype(y.dtype)) == is_large, y, 0.0) for y in parts]
         return _sum_of_squares(kept, axes, dtypes[block], hidden[(large if is_large else small)[block]])
 
     sums = _reduce(values + values, layout + layout, sum_of_squares)  # of small entries, and then of large ones
@@ -146,10 +151,29 @@ def root(s: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(s == 0, 0.0, jnp.sqrt(jnp.where(s == 0, 1.0, s))) / scale.astype(s.dtype)
 
 
+@jax.custom_jvp
+def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, with a derivative that does not take 1 / b², which leaves the range of f32 long before the quotient."""
+    return a / b
+
+
+def _slope_of_quotient(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    q = quotient(a, b)
+    # Not 0 · inf for what is constant.
+    terms = [] if isinstance(da, SymbolicZero) else [da / b]
+    terms += [] if isinstance(db, SymbolicZero) else [-q * (db / b)]
+    return q, jnp.broadcast_to(sum(terms), jnp.shape(q))
+
+
+quotient.defjvp(_slope_of_quotient, symbolic_zeros=True)
+
+
 def squares(norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     """At two scales, since those of large and of small norms leave the range of f32."""
     low, high = _scales_of_squares()
-    return jnp.square(norm * low), jnp.square(norm * high)
+    overflows = norm * low >= 2.0**64  # in whose derivative 0 · inf would arise
+    return jnp.where(overflows, jnp.inf, jnp.square(jnp.where(overflows, 0.0, norm * low))), jnp.square(norm * high)
 
 
 def root_of_squares(low: jax.Array, high: jax.Array) -> jax.Array:
@@ -219,9 +243,8 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
     scales = [jnp.where(u > 2.0**50, 2.0**-100, jnp.where(u < 2.0**-50, 2.0**100, 1.0)).astype(u.dtype) for u in units]
 
     def powers(i, x, axes):
-        size = _magnitude(x)
-        unit, scale = units[i].astype(size.dtype), scales[i].astype(size.dtype)
-        return _over(jnp.sum, (size * scale / (unit * scale)) ** ord, axes)
+        unit, scale = units[i], scales[i]
+        return _over(jnp.sum, (_magnitude(x).astype(unit.dtype) * scale / (unit * scale)) ** ord, axes)
 
     sums = _reduce(values, layout, powers)
     return [jnp.where(s == 0, 0.0, jnp.where(s == 0, 1.0, s) ** (1 / ord)) * unit for s, unit in zip(sums, units)]
@@ -273,7 +296,7 @@ def fold(function: Callable, arrays: list[jax.Array], empty: jax.Array | None = 
     """Pairwise, which is more exact and compiles faster than one after the other."""
     if not arrays and empty is not None:
         return empty
-    dtype = functools.reduce(jnp.promote_types, {a.dtype for a in arrays})
+    dtype = widest(a.dtype for a in arrays)
     arrays = [a.astype(dtype) for a in arrays]
     while len(arrays) > 1:
         arrays = [*map(function, arrays[::2], arrays[1::2]), *(arrays[-1:] if len(arrays) % 2 else [])]

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from optax_clip._reductions import quotient
+
 
 def shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """Scales down to the threshold: the usual clipping.
@@ -27,7 +29,7 @@ def shrink(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """
     above = norm > threshold
     # Both selects are needed: a quotient that overflows in the branch not taken has the derivative NaN.
-    return jnp.where(above, threshold / jnp.where(above, norm, 1.0), 1.0)
+    return jnp.where(above, quotient(threshold, jnp.where(above, norm, 1.0)), 1.0)
 
 
 def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -54,7 +56,7 @@ def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """
     # Not every accelerator divides a number by itself to exactly 1; the inner select keeps its derivative finite.
     equal = norm == threshold
-    return jnp.where(equal, 1.0, threshold / jnp.where(equal, 1.0, norm))
+    return jnp.where(equal, 1.0, quotient(threshold, jnp.where(equal, 1.0, norm)))
 
 
 def smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -80,7 +82,7 @@ def smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """
     # Halves, so that the sum of two large numbers stays finite.
     half = threshold * 0.5
-    return half / (half + norm * 0.5)
+    return quotient(half, half + norm * 0.5)
 
 
 def tanh(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -106,7 +108,7 @@ def tanh(norm: jax.Array, threshold: jax.Array) -> jax.Array:
       A smooth stand-in for `shrink`: both are min(1, threshold / norm) far from norm = threshold.
     """
     positive = threshold > 0
-    ratio = norm / jnp.where(positive, threshold, 1.0)
+    ratio = quotient(norm, jnp.where(positive, threshold, 1.0))
     # Below 0.01 the first terms of the series are exact in f32, and 0 / 0 does not arise where the ratio underflows.
     near = ratio < 0.01
     far = jnp.where(near, 1.0, ratio)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip import _checks
+from optax_clip._blocks import wide
 from optax_clip._packing import packing_of
-from optax_clip._thresholds import Threshold, as_threshold, cast
+from optax_clip._thresholds import Threshold, as_threshold, cast, thresholds_of
 
 
 def param_fraction(
@@ -46,8 +47,9 @@ def param_fraction(
     _checks.scalar(eps, caller=caller, name="eps", low=0.0, kinds=_checks.NUMBER)
 
     def update(norms, state, params):
-        fractions, state = share.update(norms, state, params)
+        fractions, state = thresholds_of(share, norms, state, params)
         sizes = list({id(size): size for size in jax.tree.leaves(norm(params))}.values())
+        sizes = [size.astype(wide(size)) for size in map(jnp.asarray, sizes)]
         sizes = packing_of(sizes).pack(sizes)
         if [jnp.shape(n) for n in norms] != [jnp.shape(n) for n in sizes]:
             raise ValueError(
@@ -94,7 +96,7 @@ def minimum(*thresholds: Any) -> Threshold:
     rules = [as_threshold(value, caller="minimum", name=f"thresholds[{i}]") for i, value in enumerate(thresholds)]
 
     def update(norms, states, params):
-        columns, states = zip(*(rule.update(norms, state, params) for rule, state in zip(rules, states)))
+        columns, states = zip(*(thresholds_of(rule, norms, state, params) for rule, state in zip(rules, states)))
         return tuple(functools.reduce(jnp.minimum, column) for column in zip(*columns)), tuple(states)
 
     return Threshold(
@@ -108,8 +110,8 @@ def between(low: Threshold, high: Threshold) -> Threshold:
     """The norm itself moved into [low, high]: the target of a clip whose response is `normalize`."""
 
     def update(norms, state, params):
-        lows, state_low = low.update(norms, state[0], params)
-        highs, state_high = high.update(norms, state[1], params)
+        lows, state_low = thresholds_of(low, norms, state[0], params)
+        highs, state_high = thresholds_of(high, norms, state[1], params)
         return tuple(_between(n, a, b) for n, a, b in zip(norms, lows, highs)), (state_low, state_high)
 
     return Threshold(

@@ -1,5 +1,6 @@
 """Steps that an optimizer does not see."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ def skip_spikes(
         return SkipState(zero(), zero(), watch_init(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        _checks.state(state, SkipState, caller="skip_spikes")
         _, measured, spikes = watch(updates, state.measured, params)
         skip = ~jnp.isfinite(measured.norm) | jnp.isnan(measured.threshold) | (spikes > 0)
         measured = measured._replace(
@@ -96,6 +98,26 @@ def skip_spikes(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.custom_jvp
+def _held(skip: jax.Array, arrays: list) -> list:
+    """The arrays, with the derivative 0 where `skip` is true: that of a step with a NaN is NaN, and 0 · NaN is no 0."""
+    del skip
+    return arrays
+
+
+@_held.defjvp
+def _(primals, tangents):
+    skip, arrays = primals
+    return arrays, [jnp.where(skip, 0, dx) for dx in tangents[1]]
+
+
+def _with_floats(function: Callable[[list], list], arrays: list) -> list:
+    """The arrays, those of floating and complex dtypes as `function` returns them."""
+    places = [i for i, x in enumerate(arrays) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    new = dict(zip(places, function([arrays[i] for i in places])))
+    return [new.get(i, x) for i, x in enumerate(arrays)]
 
 
 def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: Any) -> tuple[Any, Any]:
@@ -118,20 +140,31 @@ def _unless(skip: jax.Array, update: Callable[[Any], tuple[Any, Any]], state: An
     results = program.jaxpr.outvars[len(shapes) :]
     given = {*program.jaxpr.invars, *program.jaxpr.constvars}
     before = {x: o for x, o in zip(results, old) if _is_var(x) and x not in given}
-    values = _evaluate(program, old, lambda x, value: jnp.where(skip, before[x], value) if x in before else value)
+    computed: dict[Any, jax.Array] = {}
+
+    def selected(x, value):
+        if x not in before:
+            return value
+        computed[x] = value
+        # Derivatives reach the state of before by what is returned, and not by what is computed from this.
+        return jnp.where(skip, jax.lax.stop_gradient(before[x]), value)
+
+    hold = functools.partial(_with_floats, functools.partial(_held, skip))
+    values = _evaluate(program.jaxpr, hold(program.consts), hold(old), selected)
     kept = [
-        value if value is o or (_is_var(x) and before.get(x) is o) else jnp.where(skip, o, value)
-        for x, value, o in zip(results, values[len(shapes) :], old)
+        o if x is own else jnp.where(skip, o, computed[x] if _is_var(x) and x in computed else value)
+        for x, own, value, o in zip(results, program.jaxpr.invars, values[len(shapes) :], old)
     ]
     zeroed = iter([_zero_where(skip, value) for value in values[: len(shapes)]])
     structure, leaves = others
     return structure.unflatten([next(zeroed) if leaf is None else leaf for leaf in leaves]), treedef.unflatten(kept)
 
 
-def _evaluate(program: Any, arguments: list, replaced: Callable[[Any, jax.Array], jax.Array]) -> list[jax.Array]:
+def _evaluate(
+    jaxpr: Any, consts: list, arguments: list, replaced: Callable[[Any, jax.Array], jax.Array]
+) -> list[jax.Array]:
     """What a traced program returns, where each value that it computes is `replaced(variable, value)`."""
-    jaxpr = program.jaxpr
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *arguments]))
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments]))
     used = set(filter(_is_var, [*jaxpr.outvars, *(x for equation in jaxpr.eqns for x in equation.invars)]))
     names = jaxpr.debug_info.with_unknown_names()
     for equation in jaxpr.eqns:

@@ -37,6 +37,20 @@ class Threshold(NamedTuple):
     needs_params: bool = False
 
 
+def thresholds_of(rule: Threshold, norms: tuple, state: Any, params: Any) -> tuple[tuple, Any]:
+    """What `rule.update` returns, where it is a threshold for each of the norms."""
+    thresholds, new = rule.update(norms, state, params)
+    wanted = [norm.shape for norm in norms]
+    given = [jnp.shape(t) for t in thresholds] if isinstance(thresholds, (tuple, list)) else []
+    if len(given) != len(wanted) or any(t not in ((), n) for t, n in zip(given, wanted)):
+        raise ValueError(
+            f"Threshold: update must return a tuple with an entry for each of the norms, got a "
+            f"{type(thresholds).__name__} with shapes {given} for norms of shapes {wanted}. "
+            "Return tuple(... for norm in norms)."
+        )
+    return tuple(thresholds), new
+
+
 def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[jax.Array, Any]]) -> Threshold:
     """Lifts a rule for one block to all blocks of any scope, and keeps norms that are not finite out of its state.
 
@@ -89,9 +103,13 @@ def per_block(init: Callable[[], Any], update: Callable[[jax.Array, Any], tuple[
                 f"per_block: update must return a scalar threshold, got shape {jnp.shape(threshold)}. "
                 "It sees the norm of one block, a scalar too."
             )
-        numbers = [x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.floating)]
-        # An argument of the rule that is NaN spoils what it returns.
-        lost = ~seen | jnp.isnan(threshold) | sum((jnp.any(jnp.isnan(x)) for x in numbers), start=jnp.bool_(False))
+        # An argument of the rule that is NaN spoils what it returns. A state may start with NaN.
+        spoiled = [
+            jnp.any(jnp.isnan(n) & ~jnp.isnan(o))
+            for n, o in zip(jax.tree.leaves(new), jax.tree.leaves(state))
+            if jnp.issubdtype(n.dtype, jnp.floating)
+        ]
+        lost = ~seen | jnp.isnan(threshold) | sum(spoiled, start=jnp.bool_(False))
         return jnp.where(lost, jnp.nan, threshold), jax.tree.map(lambda n, old: jnp.where(lost, old, n), new, state)
 
     def state_like(norm):
@@ -202,6 +220,11 @@ def _scheduled(schedule: Callable, argument: str) -> Threshold:
 
 def schedule_value(schedule: Callable, step: jax.Array, argument: str) -> Any:
     value = schedule(step)
+    if not _checks.is_real(value):
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(
+            f"{argument} must return a real number, got {kind} from the schedule. Where there is no bound, inf."
+        )
     if jnp.shape(value) != ():
         raise ValueError(
             f"{argument} must return a scalar, got an array of shape {jnp.shape(value)} from the schedule. "

@@ -10,6 +10,7 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._blocks import broadcast, is_counted, wide
+from optax_clip._reductions import quotient
 from optax_clip._thresholds import cast, is_threshold, schedule_value
 
 
@@ -55,7 +56,7 @@ def clip(max_delta: Any) -> optax.GradientTransformationExtraArgs:
         deltas = bounds_at(step, max_delta, updates, caller="clip", name="max_delta", low=0.0)
         return [(None, None) if delta is None else (-delta, delta) for delta in deltas]
 
-    return _entrywise(bounds, _clipped)
+    return _entrywise(bounds, _clipped, "clip")
 
 
 def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +97,7 @@ def clip_by_value(min_value: Any = None, max_value: Any = None) -> optax.Gradien
     def bounds(step, updates):
         return pairs_at(step, (min_value, max_value), updates, caller="clip_by_value", names=("min_value", "max_value"))
 
-    return _entrywise(bounds, _clipped)
+    return _entrywise(bounds, _clipped, "clip_by_value")
 
 
 def clip_by_magnitude(min_magnitude: Any = None, max_magnitude: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -143,7 +144,7 @@ def clip_by_magnitude(min_magnitude: Any = None, max_magnitude: Any = None) -> o
         both = (min_magnitude, max_magnitude)
         return pairs_at(step, both, updates, caller="clip_by_magnitude", names=names, low=0.0)
 
-    return _entrywise(bounds, _within_magnitudes)
+    return _entrywise(bounds, _within_magnitudes, "clip_by_magnitude")
 
 
 def first_step(params: Any) -> ValueClipState:
@@ -189,17 +190,25 @@ def pairs_at(
 def _at(step: jax.Array, bound: Any, argument: str, low: float | None) -> Any:
     if callable(bound):
         bound = schedule_value(bound, step, argument)
-    if bound is None or low is None:
+    if bound is None:
+        return None
+    # Floating: an unsigned integer has no negative.
+    if not isinstance(bound, jax.Array):
+        bound = float(bound)
+    elif not jnp.issubdtype(bound.dtype, jnp.floating):
+        bound = bound.astype(float)
+    if low is None:
         return bound
     # Keeps NaN.
     return jnp.maximum(bound, jnp.asarray(low, bound.dtype)) if isinstance(bound, jax.Array) else max(bound, low)
 
 
-def _entrywise(bounds: Callable, clipped: Callable) -> optax.GradientTransformationExtraArgs:
+def _entrywise(bounds: Callable, clipped: Callable, caller: str) -> optax.GradientTransformationExtraArgs:
     """`clipped(leaf, low, high)` of each leaf, with the bounds that `bounds(step, updates)` gives it."""
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        _checks.state(state, ValueClipState, caller=caller)
         leaves, treedef = jax.tree.flatten(updates)
         new = [
             clipped(jnp.asarray(leaf), *bound) if is_counted(leaf) else leaf
@@ -243,7 +252,9 @@ def within_disc(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     unit = jnp.where(jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) > 1, 0.25, 1.0).astype(radius.dtype)
     real, imag = (jnp.where(endless, _sign_if_inf(part), part * unit) for part in (x.real, x.imag))
     magnitude = jnp.abs(jax.lax.complex(jnp.where(outside, real, 1.0), jnp.where(outside, imag, 0.0)))
-    return jnp.where(outside, jax.lax.complex(real / magnitude * radius, imag / magnitude * radius), x)
+    return jnp.where(
+        outside, jax.lax.complex(quotient(real, magnitude) * radius, quotient(imag, magnitude) * radius), x
+    )
 
 
 def _within_magnitudes(x: jax.Array, low: Any, high: Any) -> jax.Array:
@@ -260,7 +271,7 @@ def _within_magnitudes(x: jax.Array, low: Any, high: Any) -> jax.Array:
     unit = jnp.where(jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) < 1, 2.0**96, 1.0).astype(dtype)
     real, imag = (jnp.where(raised, part * unit, 1.0) for part in (x.real, x.imag))
     magnitude = jnp.abs(jax.lax.complex(real, imag))
-    return jnp.where(raised, jax.lax.complex(real / magnitude * low, imag / magnitude * low), x)
+    return jnp.where(raised, jax.lax.complex(quotient(real, magnitude) * low, quotient(imag, magnitude) * low), x)
 
 
 def _sign_if_inf(x: jax.Array) -> jax.Array:

@@ -10,11 +10,12 @@ import optax
 
 from optax_clip import _checks
 from optax_clip._blocks import parts
+from optax_clip._clip_by_norm import ClipState
 from optax_clip._landing import count_at_bound, count_zeros, entrywise, held, on_weights, pruned
 from optax_clip._norm_clips import unit_clip
 from optax_clip._reductions import pmax
 from optax_clip._thresholds import cast
-from optax_clip._values import check_bounds, first_step, next_step, pairs_at
+from optax_clip._values import ValueClipState, check_bounds, first_step, next_step, pairs_at
 
 
 def clip_weights(max_value: Any) -> optax.GradientTransformationExtraArgs:
@@ -140,7 +141,7 @@ def clip_weight_norm(
     """
     caller = "clip_weight_norm"
     clip = unit_clip(max_norm, axis, ord, axis_name, response, caller=caller)
-    return on_weights(clip.init, clip.update, caller=caller)
+    return on_weights(clip.init, clip.update, ClipState, caller=caller)
 
 
 def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -195,7 +196,7 @@ def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -
         rescaled = [_rescaled(part.value, part.mesh_axes, *pair) for part, pair in zip(leaves, bounds) if part]
         return jax.tree.structure(weights).unflatten(rescaled), next_step(state)
 
-    return on_weights(first_step, project, caller=caller)
+    return on_weights(first_step, project, ValueClipState, caller=caller)
 
 
 def project_weights(projection: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
@@ -243,7 +244,7 @@ def project_weights(projection: Callable[[Any], Any]) -> optax.GradientTransform
             )
         return projected, next_step(state)
 
-    return on_weights(first_step, project, caller=caller)
+    return on_weights(first_step, project, ValueClipState, caller=caller)
 
 
 def _extremes(x: jax.Array) -> list[jax.Array]:

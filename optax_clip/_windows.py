@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_clip import _checks
+from optax_clip._reductions import quotient
 from optax_clip._thresholds import Threshold, cast, per_block
 
 
@@ -61,9 +62,11 @@ def quantile(percentile: Any = 10.0, window: int = 1024) -> Threshold:
     def update(norm, state):
         # Zeros stand for norms that are still missing: they are the smallest, and leave first.
         leaves = jax.lax.dynamic_index_in_dim(state.ring, state.next, keepdims=False)
-        places = jnp.arange(window)
+        places = jnp.arange(window, dtype=jnp.int32)
         rest = jnp.where(
-            places < jnp.sum(state.ascending < leaves), state.ascending, _shifted(state.ascending, jnp.inf)
+            places < jnp.sum(state.ascending < leaves, dtype=jnp.int32),
+            state.ascending,
+            _shifted(state.ascending, jnp.inf),
         )
         ascending = jnp.maximum(_shifted(rest, 0.0, by=-1), jnp.minimum(rest, norm))
         state = _pushed(state._replace(ascending=ascending), norm)
@@ -84,7 +87,7 @@ def _pushed(state: Any, norm: jax.Array) -> Any:
     """The state with the norm in its ring, in place of the oldest."""
     window = len(state.ring)
     return state._replace(
-        ring=jnp.where(jnp.arange(window) == state.next, norm, state.ring),
+        ring=jnp.where(jnp.arange(window, dtype=jnp.int32) == state.next, norm, state.ring),
         next=(state.next + 1) % window,
         filled=jnp.minimum(state.filled + 1, window),
     )
@@ -139,12 +142,12 @@ def sigma_window(sigmas: Any = 3.0, window: int = 128) -> Threshold:
         return SigmaWindowState(jnp.zeros([window], jnp.float32), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update(norm, state):
-        places = jnp.arange(window)
+        places = jnp.arange(window, dtype=jnp.int32)
         count = jnp.maximum(state.filled, 1).astype(jnp.float32)
         # In units of the largest: squares and sums would leave the range of f32.
         largest = jnp.max(state.ring)
         unit = jnp.where(largest == 0, 1.0, largest)
-        relative = state.ring / unit
+        relative = quotient(state.ring, unit)
         mean = jnp.sum(relative) / count
         variance = jnp.sum(jnp.where(places < state.filled, jnp.square(relative - mean), 0.0)) / count
         deviation = jnp.where(variance == 0, 0.0, jnp.sqrt(jnp.where(variance == 0, 1.0, variance)))

@@ -82,6 +82,7 @@ def with_error_feedback(
         return ErrorFeedbackState(jax.tree.map(nothing, params), clip.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        _checks.state(state, ErrorFeedbackState, caller=caller)
         if difference := _difference(updates, state.carry):
             raise ValueError(
                 f"{caller}: updates must have structure and shapes of the parameters that init saw: {difference}. "
@@ -114,9 +115,11 @@ def _difference(updates: Any, carry: Any) -> str:
     except ValueError as error:
         return str(error)
     for path, x, y in triples:
-        if is_counted(x) and y is not None and jnp.shape(x) != getattr(y, "shape", None):
-            there = f"of shape {y.shape}" if is_counted(y) else type(y).__name__
-            return f"an update of shape {jnp.shape(x)}{_checks.place(path)} has a carry {there}"
+        if is_counted(x) and jnp.shape(x) != getattr(y, "shape", None):
+            there = (
+                "no carry" if y is None else f"a carry {f'of shape {y.shape}' if is_counted(y) else type(y).__name__}"
+            )
+            return f"an update of shape {jnp.shape(x)}{_checks.place(path)} has {there}"
     return ""
 
 
@@ -128,14 +131,17 @@ def _sum(x: Any, carry: Any) -> jax.Array:
 def _dtype_of_carry(param: jax.Array, dtype: Any) -> Any:
     if dtype is None:
         return at_least_f32(param).dtype
-    return jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(param) else dtype
+    if not jnp.iscomplexobj(param):
+        return dtype
+    return jnp.complex128 if jnp.finfo(dtype).bits == 64 else jnp.complex64
 
 
 def _rounded(x: jax.Array, like: Any) -> jax.Array:
     dtype = jnp.asarray(like).dtype
     x = _saturated(x, dtype)
     # Rounded before the conversion, which compilers leave out if its inverse follows.
-    return (rounded_to(x, dtype) if jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits else x).astype(dtype)
+    narrower = jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits and not jnp.iscomplexobj(x)
+    return (rounded_to(x, dtype) if narrower else x).astype(dtype)
 
 
 def _left(total: jax.Array, update: Any, carry: jax.Array) -> jax.Array:
@@ -170,7 +176,7 @@ def clip_randomly(
 
     Args:
       clip: any transformation of the gradients.
-      probability: of being clipped, in [0, 1]: a number or a scalar array (traced too).
+      probability: of being clipped, in [0, 1]: a number or a scalar array (traced too; a NaN clips all).
       seed: an int or a key of `jax.random` (traced too). The same seed gives the same draws, on any device: two of
         these in a chain want seeds of their own.
       per: "element": a draw for each entry; "leaf": one for each leaf.
@@ -210,6 +216,7 @@ def clip_randomly(
         return RandomClipState(_key_data(seed), clip.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        _checks.state(state, RandomClipState, caller=caller)
         clipped, inner_state = update_inner(updates, state.inner_state, params, **extra_args)
         leaves, treedef = jax.tree.flatten(updates)
         if per == "element" and (untyped := Mesh(caller).untyped):
@@ -234,7 +241,7 @@ def _chosen(x: Any, clipped: jax.Array, words: tuple, probability: Any, per: str
     # 24 bits, which f32 holds exactly: below 1 always, below 0 never.
     bits = words[0] >> 7 if per == "leaf" else _hashes(x, words) >> 8
     draw = bits.astype(jnp.float32) * 2.0**-24
-    return jnp.where(draw < cast(probability, jnp.float32), clipped, x.astype(clipped.dtype))
+    return jnp.where(draw >= cast(probability, jnp.float32), x.astype(clipped.dtype), clipped)
 
 
 def _hashes(x: jax.Array, words: tuple) -> jax.Array:
@@ -263,7 +270,7 @@ def _key_data(seed: Any) -> jax.Array:
     if _is_key(seed):
         return jax.random.bits(seed, (2,), jnp.uint32)
     if _is_words(seed):
-        return jnp.asarray(seed)
+        return jnp.array(seed)  # a copy: states may be donated
     return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 

@@ -733,10 +733,11 @@ def test_updates_keep_structure_shapes_and_dtypes(name):
 
 
 @every
-def test_strict_promotion(name):
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+def test_strict_promotion(name, x64):
     """No rule relies on promotion of dtypes or ranks."""
-    tx, updates = MAKES[name](oc.leaf_norm), trees.mixed(0)
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        tx, updates = MAKES[name](oc.leaf_norm), {**trees.mixed(0), "widest": jnp.ones((2, 3), float)}
         clipped, _ = jax.eval_shape(lambda updates: tx.update(updates, tx.init(updates)), updates)
     chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
 
@@ -908,6 +909,43 @@ def test_f64_norms_at_the_threshold_are_left_alone(scale):
         clipped, state = tx.update(updates, tx.init(updates))
         chex.assert_trees_all_equal(clipped, updates)
         assert state.clip_rate == 0
+
+
+def test_a_state_of_the_user_may_start_with_nan():
+    """A window filled up with NaN takes in norms; one that is not finite still leaves no trace."""
+
+    def update(norm, window):
+        window = jnp.roll(window, 1).at[0].set(norm)
+        return 2 * jnp.nanmedian(window), window
+
+    tx = oc.clip_by_norm(oc.global_norm, oc.per_block(lambda: jnp.full(3, jnp.nan), update))
+    state = tx.init(jnp.zeros(1))
+    for gradient, window in ((1.0, [1]), (2.0, [2, 1]), (np.nan, [2, 1]), (9.0, [9, 2, 1])):
+        updates, state = tx.update(jnp.array([gradient]), state)
+        chex.assert_trees_all_equal(state.rule[0], jnp.float32([*window, *[np.nan] * (3 - len(window))]))
+    assert updates == 4.0
+
+
+def test_norms_of_integers_are_norms():
+    """A norm of the user may count."""
+    tx = oc.clip_by_norm(jnp.count_nonzero, 1.0)
+    updates, state = tx.update(jnp.full(4, 2.0), tx.init(jnp.zeros(4)))
+    chex.assert_trees_all_close((updates, state.norm), (jnp.full(4, 0.5), jnp.float32(4.0)))
+
+
+@pytest.mark.parametrize("rule", [oc.z_score(np.inf), oc.z_score(np.inf, spike="limit"), oc.ema_ratio(None, np.inf)])
+def test_no_nan_appears_on_the_way_to_an_endless_threshold(rule):
+    """Infinite arguments give infinite thresholds, with `jax.debug_nans` and in derivatives too."""
+    tx, samples = oc.clip_by_norm(oc.global_norm, rule), jnp.ones((30, 2)).at[-1].set(100.0)
+
+    def last(samples):
+        _, updates = jax.lax.scan(lambda state, x: tx.update(x, state)[::-1], tx.init(samples[0]), samples)
+        return updates[-1].sum()
+
+    with jax.debug_nans(True):
+        value, slope = jax.jit(jax.value_and_grad(last))(samples)
+    assert value == 200.0
+    chex.assert_trees_all_equal(slope, jnp.zeros((30, 2)).at[-1].set(1.0))
 
 
 @pytest.mark.parametrize(

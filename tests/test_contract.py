@@ -21,10 +21,12 @@ THRESHOLDS = {
     "float": 1.0,
     "np_float64": np.float64(1),
     "np_int32": np.int32(1),
+    "np_uint8": np.uint8(1),
     "bf16": jnp.bfloat16(1),
     "f16": jnp.float16(1),
     "f32": jnp.float32(1),
     "i32": jnp.int32(1),
+    "u8": jnp.uint8(1),
 }
 DTYPES = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
 
@@ -431,15 +433,31 @@ def test_state_survives_a_checkpoint(case, through):
 
 
 @every
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("name", ["float", "np_float64", "bf16", "i32"])
-def test_strict_promotion(case, name):
+def test_strict_promotion(case, name, x64):
     """No clip relies on promotion of dtypes or ranks, for mixed trees and any dtype of threshold."""
-    updates, params = trees.mixed(0), trees.mixed(1)
-    tx = case.make(THRESHOLDS[name])
-    expected = jax.eval_shape(lambda: tx.update(updates, tx.init(params), params))
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        actual = jax.eval_shape(lambda: tx.update(updates, tx.init(params), params))
+    with jax.enable_x64(x64):
+        updates, params = ({**trees.mixed(seed), "widest": jnp.ones((2, 3), float)} for seed in range(2))
+        tx = case.make(THRESHOLDS[name])
+        expected = jax.eval_shape(lambda: tx.update(updates, tx.init(params), params))
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            actual = jax.eval_shape(lambda: tx.update(updates, tx.init(params), params))
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+
+@every
+def test_strict_promotion_in_derivatives(case):
+    """Nor do derivatives, where f32 and f64 leaves share a norm."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        updates = {"f32": jnp.ones(2, jnp.float32), "f64": jnp.ones((2, 3), jnp.float64)}
+        tx = case.make(0.5)
+
+        def total(updates):
+            clipped, _ = tx.update(updates, tx.init(updates), updates)
+            return sum(jnp.sum(leaf.astype(jnp.float64)) for leaf in clipped.values())
+
+        chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(jax.grad(total), updates), updates)
 
 
 @every

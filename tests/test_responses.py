@@ -95,6 +95,26 @@ def test_derivative_at_zero_is_the_identity(response):
     assert by_threshold(0.5) == 0
 
 
+@pytest.mark.parametrize("response", [oc.shrink, oc.normalize, oc.smooth, oc.tanh])
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e20, 1e25])
+def test_derivatives_at_any_scale(response, scale):
+    """Gradients and threshold scaled together have the derivative that they have at 1."""
+
+    def slope(scale):
+        tx, gradients = oc.clip_by_global_norm(2.0 * scale, response=response), jnp.array([3.0, -4.0]) * scale
+        return jax.grad(lambda g: tx.update(g, tx.init(g))[0] @ jnp.array([1.0, 2.0]))(gradients)
+
+    chex.assert_trees_all_close(slope(scale), slope(1.0), rtol=1e-4)
+
+
+def test_a_factor_below_zero_acts_as_zero():
+    """No response flips the sign of the updates."""
+    tx = oc.clip_by_norm(oc.global_norm, 1.0, lambda norm, threshold: 2.0 - norm / threshold)
+    for gradient, expected in ((1.5, 0.75), (4.0, 0.0), (1e30, 0.0)):
+        clipped, state = tx.update(jnp.array([gradient]), tx.init(jnp.zeros(1)))
+        chex.assert_trees_all_close((clipped, state.scale), (jnp.array([expected]), jnp.float32(expected / gradient)))
+
+
 # Both ends of a range
 
 

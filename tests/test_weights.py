@@ -624,6 +624,21 @@ def test_strict_promotion_of_complex_weights():
     chex.assert_trees_all_close(out, jnp.array([0.6 + 0.8j], jnp.complex64), rtol=1e-6)
 
 
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("bound", [0.5, jnp.float16(0.5), jnp.bfloat16(0.5), jnp.int32(1), jnp.uint8(1), np.uint8(1)])
+@pytest.mark.parametrize("name", ["clip_weights", "prune_weights", "clip_weight_norm", "rescale_weights"])
+def test_strict_promotion(name, bound, x64):
+    """Bounds of any real dtype fit weights of any."""
+    tx = oc.rescale_weights(-1.0, bound) if name == "rescale_weights" else getattr(oc, name)(bound)
+    with jax.enable_x64(x64):
+        dtypes = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.dtype(float))
+        weights = {str(i): jnp.ones((2, 3), dtype) for i, dtype in enumerate(dtypes)}
+        expected = jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), weights)
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            actual = jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), weights)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+
 def test_python_scalars_are_weights():
     """Weights and updates may be Python numbers, as of a model with one parameter."""
     for weight in (0.9, np.float32(0.9), np.float64(0.9)):

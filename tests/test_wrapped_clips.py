@@ -462,6 +462,22 @@ def test_strict_promotion(wrap):
     chex.assert_trees_all_equal(actual, expected)
 
 
+def test_a_key_of_the_user_survives_donation():
+    """The state holds a copy of the key, so that a donated state takes no array of the user with it."""
+    key, gradients = jax.random.PRNGKey(0), jnp.ones(3)
+    tx = oc.clip_randomly(oc.clip(1.0), 0.5, key)
+    jax.jit(tx.update, donate_argnums=1)(gradients, tx.init(gradients))
+    assert key.shape == tx.init(gradients).key.shape and not key.is_deleted()
+
+
+def test_a_probability_of_nan_clips_all():
+    """A traced probability that is NaN never lets an entry pass unclipped."""
+    gradients = jnp.array([-3.0, 0.5, 3.0])
+    tx = lambda probability: oc.clip_randomly(oc.clip(1.0), probability)
+    clipped = jax.jit(lambda p: tx(p).update(gradients, tx(p).init(gradients))[0])(jnp.nan)
+    chex.assert_trees_all_equal(clipped, jnp.array([-1.0, 0.5, 1.0]))
+
+
 @wrapped
 def test_in_chains_masks_and_multi_steps(wrap):
     """In a chain with AdamW, under a mask and in `MultiSteps`, and with params for the inner clip."""

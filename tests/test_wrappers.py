@@ -107,6 +107,49 @@ def test_a_skipped_step_leaves_no_trace(name):
     assert (state.total_skipped, state.consecutive_skipped) == (4, 0)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["global", "leaf", "adaptive"])
+def test_a_skipped_step_leaves_no_trace_in_derivatives(name, compiled):
+    """The derivative of a step after a bad one is that of the same steps without it."""
+    clip = {
+        "global": oc.clip_by_global_norm(1.0),
+        "leaf": oc.clip_by_leaf_norm(1.0),
+        "adaptive": oc.zclip(warmup_steps=1),
+    }[name]
+    tx, gradients = oc.skip_spikes(optax.chain(clip, optax.trace(0.9))), pair(0)
+
+    def last(gradients, samples):
+        state = tx.init(gradients)
+        for factor in samples:
+            sample = jax.tree.map(lambda g, factor=factor or 1.0: g * factor, gradients)
+            if factor is None:  # bad
+                sample["dense"] = sample["dense"].at[1, 2].set(jnp.nan)
+            updates, state = tx.update(sample, state)
+        return jnp.sum(jnp.cumsum(updates["dense"], axis=0) ** 2)
+
+    slope = jax.grad(last)
+    slope = jax.jit(slope, static_argnums=1) if compiled else slope
+    expected = slope(gradients, (2.0, 3.0))
+    chex.assert_tree_all_finite(expected)
+    chex.assert_trees_all_close(slope(gradients, (2.0, None, 3.0)), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [optax.sgd, optax.adam, lambda rate: optax.sgd(lambda step: rate / (step + 1))])
+def test_a_skipped_step_leaves_no_trace_in_the_derivative_by_the_learning_rate(make):
+    """What the optimizer was made with has derivatives too."""
+
+    def last(rate, samples):
+        tx = oc.skip_spikes(make(rate))
+        state, w = tx.init(jnp.zeros(2)), jnp.ones(2)
+        for factor in samples:
+            updates, state = tx.update(w * factor if factor else jnp.full(2, jnp.nan), state)
+            w = optax.apply_updates(w, updates)
+        return jnp.sum(w**2)
+
+    for slope in (jax.grad(last), jax.jit(jax.grad(last), static_argnums=1)):
+        chex.assert_trees_all_close(slope(0.1, (1.0, None, 2.0)), slope(0.1, (1.0, 2.0)), rtol=1e-5)
+
+
 @every
 def test_other_steps_are_those_of_the_optimizer(name):
     """Where nothing is skipped, and after something was, updates and state are those of the optimizer alone."""
