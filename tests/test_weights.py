@@ -285,9 +285,14 @@ def test_traced_bounds_that_go_wrong(make):
     weights, updates = pair(0), pair(1)
     weights["bias"] = weights["bias"].at[1:].set(0.0)
     step = jax.jit(lambda bound: landed(make(bound), weights, updates)[0])
-    chex.assert_trees_all_equal(step(-1.0), step(0.0))
-    by_schedule = [landed(make(schedule), weights, updates) for schedule in (lambda n: -1.0 - n, lambda n: 0.0 * n)]
-    chex.assert_trees_all_equal(*by_schedule)
+    known, state = landed(make(0.0), weights, updates)
+    for out, of_now in (
+        jax.jit(lambda bound: landed(make(bound), weights, updates))(-1.0),
+        landed(make(lambda count: -1.0 - count), weights, updates),
+    ):
+        chex.assert_trees_all_equal(out, known)
+        if make is not oc.clip_weight_norm:  # whose state holds what its rule keeps
+            chex.assert_trees_all_equal(of_now, state)
     assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(step(jnp.nan)))
     plain = optax.apply_updates(weights, updates)
     if make is oc.prune_weights:
