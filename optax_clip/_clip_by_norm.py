@@ -108,13 +108,16 @@ def norm_step(
     def init_fn(params):
         leaves, treedef = jax.tree.flatten(params)
 
+        @jax.jit  # so that norms that no rule looks at are not taken
         def rule_state(counted):
             arrays = iter(counted)
             params = treedef.unflatten([next(arrays) if is_counted(leaf) else leaf for leaf in leaves])
             return _Blocks(norm(params), params, tree, rules, caller, name).init()
 
-        # Compiled, so that norms that no rule looks at are not taken.
-        rule = jax.jit(rule_state)([leaf for leaf in leaves if is_counted(leaf)])
+        counted = [leaf for leaf in leaves if is_counted(leaf)]
+        rule = rule_state.eval_shape(counted)
+        if jax.tree.leaves(rule):  # most rules keep nothing, and need no program
+            rule = rule_state(counted)
         zeros = [jnp.zeros([], jnp.float32) for _ in range(3)]
         return ClipState(jnp.zeros([], jnp.int32), zeros[0], zeros[1], jnp.ones([], jnp.float32), zeros[2], rule)
 

@@ -54,9 +54,9 @@ def random_kinds(seed: int, dtypes=DTYPES):
 
 
 @functools.cache
-def pool(dtypes=DTYPES, long=16) -> tuple:
-    """Trees with an entry at least: three in the normal profile, since every tree is another program for every clip."""
-    count = 3 if PROFILE == "normal" else long
+def pool(dtypes=DTYPES) -> tuple:
+    """Trees with an entry at least: three in the normal profile, eight in the long one, as each is another program."""
+    count = 3 if PROFILE == "normal" else 8
     kinds = (random_kinds(seed, dtypes) for seed in itertools.count(244))  # of which three have every dtype and rank
     full = (kind for kind in kinds if any(np.prod(leaf.shape) for leaf in jax.tree.leaves(kind)))
     return tuple(itertools.islice(full, count))

@@ -1,5 +1,6 @@
 """What every clip keeps as an Optax transformation, one table of clips against one list of contracts."""
 
+import functools
 import pickle
 
 import chex
@@ -95,15 +96,22 @@ def test_state_keeps_structure_shapes_dtypes_and_weak_types(case, threshold):
     assert types(jax.eval_shape(tx.update, updates, state, params)[1]) == expected
 
 
+@functools.cache
+def under_a_float(case) -> tuple:
+    """Updates of every dtype, parameters, and what a clip with a Python float returns."""
+    updates = {str(jnp.dtype(dtype)): trees.sample(0, 3.0)["dense"].astype(dtype) for dtype in DTYPES}
+    params = {name: trees.sample(1)["dense"] for name in updates}
+    tx = case.make(1.0)
+    return updates, params, *tx.update(updates, tx.init(params), params)
+
+
 @every
 @pytest.mark.parametrize("threshold", THRESHOLDS.values(), ids=THRESHOLDS)
 def test_updates_keep_dtypes_whatever_the_dtype_of_the_threshold(case, threshold):
     """A threshold of any dtype, traced or not, gives what a Python float gives, in the dtypes of the updates."""
-    updates = {str(jnp.dtype(dtype)): trees.sample(0, 3.0)["dense"].astype(dtype) for dtype in DTYPES}
-    params = {name: trees.sample(1)["dense"] for name in updates}
-    tx, plain = case.make(threshold), case.make(1.0)
+    updates, params, expected, expected_state = under_a_float(case)
+    tx = case.make(threshold)
     clipped, state = tx.update(updates, tx.init(params), params)
-    expected, expected_state = plain.update(updates, plain.init(params), params)
     chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
     chex.assert_trees_all_equal(clipped, expected)
     assert types(state) == types(expected_state)

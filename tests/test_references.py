@@ -157,17 +157,21 @@ def test_clip_follows_its_rule(name):
     rule = RULES[name]
 
     @jax.jit
-    def step(updates, state, threshold, params):
-        return rule.clip(threshold).update(updates, state, params)
+    def run(samples, threshold):
+        tx = rule.clip(threshold)
 
+        def step(state, updates):
+            return tx.update(updates, state, WEIGHTS)[::-1]
+
+        return jax.lax.scan(step, tx.init(WEIGHTS), samples)
+
+    stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
     for seed in range(2):
         samples = gradients(seed)
         for factor in (0.25, 1.0, 4.0):
             threshold = np.float32(factor * rule.norm(samples[0]))
-            state = rule.clip(threshold).init(WEIGHTS)
-            for updates in samples:
-                clipped, state = step(updates, state, threshold, WEIGHTS)
-                assert_close(clipped, rule.reference(updates, np.float64(threshold)))
+            state, clipped = run(stack(samples), threshold)
+            assert_close(clipped, stack([rule.reference(updates, np.float64(threshold)) for updates in samples]))
             assert state.step == STEPS
 
 

@@ -636,8 +636,7 @@ def test_strict_promotion(name, bound, x64):
     """Bounds of any real dtype fit weights of any."""
     tx = oc.rescale_weights(-1.0, bound) if name == "rescale_weights" else getattr(oc, name)(bound)
     with jax.enable_x64(x64):
-        dtypes = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.dtype(float))
-        weights = {str(i): jnp.ones((2, 3), dtype) for i, dtype in enumerate(dtypes)}
+        weights = {str(dtype): jnp.ones((2, 3), dtype) for dtype in ("float16", "bfloat16", "float32", float)}
         expected = jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), weights)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             actual = jax.eval_shape(lambda w: tx.update(w, tx.init(w), w), weights)

@@ -410,7 +410,7 @@ def test_compiled_is_eager(wrap, name):
     assert_close(run(tx, samples, params, once(tx.update)), (out, last))
     scanned = jax.lax.scan(lambda state, updates: tx.update(updates, state, params)[::-1], state, stack(samples))
     assert_close(scanned, (last, stack(out)))
-    many, _ = jax.vmap(lambda updates: tx.update(updates, state, params))(stack(samples))
+    many, _ = jax.jit(jax.vmap(lambda updates: tx.update(updates, state, params)))(stack(samples))
     assert_close(many, stack([tx.update(updates, state, params)[0] for updates in samples]))
 
 
@@ -456,10 +456,10 @@ def test_updates_that_are_none_keep_their_carry():
 def test_strict_promotion(wrap):
     """No wrapper relies on promotion of dtypes or ranks, for leaves of every rank and dtype."""
     updates, tx = {**trees.mixed(0), "deep": jnp.ones((2, 3, 4, 5))}, WRAPPED[wrap](oc.clip(0.5))
-    expected, _ = tx.update(updates, tx.init(updates))
+    expected = jax.eval_shape(lambda: tx.update(updates, tx.init(updates)))
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        actual, _ = tx.update(updates, tx.init(updates))
-    chex.assert_trees_all_equal(actual, expected)
+        actual = jax.eval_shape(lambda: tx.update(updates, tx.init(updates)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
 
 
 def test_a_key_of_the_user_survives_donation():
