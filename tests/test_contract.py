@@ -251,7 +251,7 @@ def test_derivatives(case):
         threshold, updates = args
         return optax.tree.vdot(weights, case.make(threshold).update(updates, state, params)[0])
 
-    args, direction, h = (jnp.float32(0.5), pair(2)), (jnp.float32(0.3), pair(3)), 1e-2
+    args, direction, h = (jnp.float32(0.5), pair(6)), (jnp.float32(0.3), pair(3)), 1e-2
     with jax.debug_nans(True):
         _, grads = loss(args)
         ahead, behind = (loss(optax.tree.add_scale(args, s, direction))[0] for s in (h, -h))
