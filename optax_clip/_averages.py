@@ -120,9 +120,10 @@ def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @_hypot.defjvp
 def _(primals, tangents):
-    h = _hypot(*primals)
+    (a, b), (da, db) = primals, tangents
+    h = _hypot(a, b)
     unit = jnp.where(h == 0, 1.0, h)
-    return h, sum(quotient(x, unit) * dx for x, dx in zip(primals, tangents))
+    return h, quotient(a, unit) * da + quotient(b, unit) * db
 
 
 class EmaRatioState(NamedTuple):
