@@ -46,7 +46,8 @@ def entrywise(
             weight, update = _widened(*pair)
             limit = _at_most(limit, pair[0].real.dtype)
             new.append(hold(weight, update, limit))
-            # What `optax.apply_updates` computes: XLA sees that it is the same, and reads it where it was written.
+            # What `optax.apply_updates` computes, without promotion: XLA sees that it is the same, and reads it where
+            # it was written.
             landed.append(((weight + new[-1]).astype(pair[0].dtype), limit))
         step = jnp.asarray(optax.safe_increment(state.step))
         return treedef.unflatten(new), WeightState(step, _share(state.step, landed, count))

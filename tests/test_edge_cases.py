@@ -539,10 +539,10 @@ def test_scalars_come_back_as_arrays(case):
 
 
 @every
-def test_leaves_without_entries(case):
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3), (1, 2, 0, 3)], ids=str)
+def test_leaves_without_entries(case, shape):
     """A leaf of size 0 comes back with its shape, measures 0 and does not disturb the others."""
-    empty = {str(shape): jnp.zeros(shape) for shape in [(0,), (0, 3), (3, 0), (2, 0, 3), (1, 2, 0, 3)]}
-    for updates in ({"(0, 3)": empty["(0, 3)"]}, empty, {**empty, "b": jnp.array([30.0, 40.0])}):
+    for updates in ({"a": jnp.zeros(shape)}, {"a": jnp.zeros(shape), "b": jnp.array([30.0, 40.0])}):
         clipped, state = once(case, 2.0, updates)
         chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
         chex.assert_tree_all_finite((clipped, state))

@@ -157,20 +157,16 @@ def test_clip_follows_its_rule(name):
     rule = RULES[name]
 
     @jax.jit
-    def run(samples, threshold):
+    def run(samples, threshold, params):
         tx = rule.clip(threshold)
-
-        def step(state, updates):
-            return tx.update(updates, state, WEIGHTS)[::-1]
-
-        return jax.lax.scan(step, tx.init(WEIGHTS), samples)
+        return jax.lax.scan(lambda state, updates: tx.update(updates, state, params)[::-1], tx.init(params), samples)
 
     stack = lambda trees: jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
     for seed in range(2):
         samples = gradients(seed)
         for factor in (0.25, 1.0, 4.0):
             threshold = np.float32(factor * rule.norm(samples[0]))
-            state, clipped = run(stack(samples), threshold)
+            state, clipped = run(stack(samples), threshold, WEIGHTS)
             assert_close(clipped, stack([rule.reference(updates, np.float64(threshold)) for updates in samples]))
             assert state.step == STEPS
 

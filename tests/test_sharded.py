@@ -40,9 +40,8 @@ ADAPTIVE = {
     "clip_by_sigma": lambda norm: oc.clip_by_sigma(1.0, 8, norm=norm),
 }
 GATHERS = "all-gather|all-to-all|collective-permute|reduce-scatter"
-KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-# On explicit meshes, the layouts that hold the others.
-PLACES = [("auto", layout) for layout in LAYOUTS] + [("explicit", layout) for layout in ("both", "mixed")]
+over_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+over_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
 
 sample = functools.partial(trees.sample, shapes=SHAPES)
@@ -50,7 +49,7 @@ sample = functools.partial(trees.sample, shapes=SHAPES)
 
 def shardings(kind, layout) -> dict:
     axes, specs = LAYOUTS[layout]
-    mesh = trees.mesh(KINDS[kind], **axes)
+    mesh = trees.mesh(kind, **axes)
     return {name: NamedSharding(mesh, specs.get(name, P())) for name in SHAPES}
 
 
@@ -85,7 +84,8 @@ def sums_of_optax(kind, layout) -> int:
     return collectives(jax.jit(optax.clip_by_global_norm(0.5).update).lower(updates, None).compile())["all-reduce"]
 
 
-@pytest.mark.parametrize(("kind", "layout"), PLACES)
+@over_kinds
+@over_layouts
 @pytest.mark.parametrize("case", clips.CLIPS, ids=lambda case: case.name)
 def test_jit_is_one_device(kind, layout, case):
     """Updates, metrics and shardings are kept, and only sums travel: for a global norm one on a mesh of one axis."""
@@ -108,7 +108,7 @@ def test_jit_is_one_device(kind, layout, case):
         assert found["all-reduce"] <= (1 if len(placement["scale"].mesh.shape) == 1 else sums_of_optax(kind, layout))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over_kinds
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize(
     ("layout", "norm"), [("both", oc.global_norm), ("mixed", oc.leaf_norm)], ids=["global", "leaf"]
