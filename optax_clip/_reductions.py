@@ -104,29 +104,27 @@ def _l2_in_steps(layout: tuple, counts: tuple[int, ...], values: list, *, hidden
     packing = packing_of(sums)
     packed_sums, packed_counts = packing.pack(sums), packing.pack(counts)
     norms = [jnp.sqrt(s / n) for s, n in zip(packed_sums, packed_counts)]
-    large = [_LARGE * 2.0 ** -_half_log2(count) for count in counts]
 
-    def unsafe(s):
-        return (s == jnp.inf) | (s < _LOWEST)
-
-    def second_scale(s, k):
-        return jnp.where(s > 1, k, _SMALL).astype(s.dtype)
-
-    def measure_again(values, sums, norms):
-        scales = [second_scale(s, k) for s, k in zip(sums, large)]
+    def measure_again(values, norms):
+        lowest = packing.pack([math.sqrt(_LOWEST / count) for count in counts])
+        large = packing.pack([_LARGE * 2.0 ** -_half_log2(count) for count in counts])
+        scales = [
+            jnp.where(norm < low, _SMALL, jnp.where(norm == jnp.inf, k, 1.0)).astype(norm.dtype)
+            for norm, low, k in zip(norms, lowest, large)
+        ]
+        of_block = packing.unpack_to_kernels(scales)
         if not hidden:  # where XLA knows the values it would multiply the scales first: 2^-66 squared is 0
-            values, scales = jax.tree.map(jax.lax.optimization_barrier, (values, scales))
-        merged = _merged(values, layout)
-        again = _reduce(*merged, lambda i, xs, axes: _sum_of_squares(xs, axes, dtypes[i], scales[i]))
+            values, of_block = jax.tree.map(jax.lax.optimization_barrier, (values, of_block))
+        again = _reduce(*_merged(values, layout), lambda i, xs, axes: _sum_of_squares(xs, axes, dtypes[i], of_block[i]))
         return [
-            jnp.where(unsafe(s), jnp.sqrt(a / n) / second_scale(s, k), norm)
-            for s, a, n, k, norm in zip(
-                packing.pack(sums), packing.pack(again), packed_counts, packing.pack(large), norms
-            )
+            jnp.where(k == 1, norm, jnp.sqrt(a / n) / k)
+            for a, n, k, norm in zip(packing.pack(again), packed_counts, scales, norms)
         ]
 
-    anywhere = _anywhere([unsafe(s) for s in packed_sums], layout)
-    return packing.unpack(jax.lax.cond(anywhere, measure_again, lambda _, sums, norms: norms, values, sums, norms))
+    # From the sums, not from the norms: a sum over leaves that only one kernel needs, XLA's CPU backend adds up in that
+    # kernel together with sums over some of the leaves, and LLVM takes long to compile that where there are 1000.
+    anywhere = _anywhere([(s == jnp.inf) | (s < _LOWEST) for s in packed_sums], layout)
+    return packing.unpack(jax.lax.cond(anywhere, measure_again, lambda _, norms: norms, values, norms))
 
 
 def _half_log2(n: int) -> int:

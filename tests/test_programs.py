@@ -86,6 +86,17 @@ def test_the_second_pass_stands_in_one_conditional(name):
     assert len(re.findall(r" conditional\(", compiled(CLIPS[name]).as_text())) == 1
 
 
+@trees.on_a_cpu_that_fuses
+def test_many_leaves_are_added_up_apart_from_their_sums():
+    """The kernel that adds up the sums over 100 leaves takes none of these itself: LLVM is slow where it does."""
+    tx = oc.clip_by_global_norm(1.0)
+    updates = [jax.ShapeDtypeStruct((8, 8 + i % 9), jnp.float32) for i in range(100)]
+    text = jax.jit(tx.update).lower(updates, jax.eval_shape(tx.init, updates)).compile().as_text()
+    kernels = re.findall(r"\n%fused_computation\S* \(.*?\n\}", text, re.DOTALL)
+    adding = [kernel for kernel in kernels if kernel.count(" parameter(") >= 100]
+    assert adding and not any(" reduce(" in kernel for kernel in adding)
+
+
 @pytest.mark.parametrize("name", ["global", "leaf", "unit", "agc"])
 def test_the_second_pass_changes_nothing_where_it_is_not_needed(name):
     """Scaling gradients and parameters by a power of two, within the ordinary range or out of it, scales the result."""
