@@ -304,7 +304,7 @@ def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
     if len(norms) == 1 and norms[0].ndim == 0:
         return [norms[0], thresholds[0], scales[0], above[0]]
     rows = [
-        (*squares(n), jnp.broadcast_to(t, n.shape), scale, is_above)
+        (*squares(n), t + jnp.zeros_like(n), scale, is_above)
         for n, t, scale, is_above in zip(norms, thresholds, scales, above)
     ]
     low, high, *sums = total(rows)

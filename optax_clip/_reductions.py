@@ -184,19 +184,32 @@ def _scales_of_squares() -> tuple[jax.Array, jax.Array]:
     return jax.lax.optimization_barrier((jnp.float32(2.0**40), jnp.float32(2.0**-66)))
 
 
+@functools.partial(jax.jit, inline=True)
 def total(rows: list[tuple]) -> list[jax.Array]:
     """The sum of each column over its entries, over the rows and over the devices on which they vary."""
-    sums: dict[tuple, list] = {}
+    alike: dict[tuple, list] = {}
     for row in rows:
-        # One kernel for many scalars on GPUs. Sums of other arrays share a kernel with what computes these.
-        vectors = row[0].ndim == 1
-        entries = list(jnp.sum(jnp.stack(row), axis=1)) if vectors else [jnp.sum(x) for x in row]
-        sums.setdefault(tuple(sorted(varying(row[0]))), []).append(entries)
-    columns = {names: [fold(jnp.add, list(column)) for column in zip(*rows)] for names, rows in sums.items()}
-    return [
-        fold(jnp.add, list(column))
-        for column in zip(*(jax.lax.psum(sums, names) if names else sums for names, sums in columns.items()))
-    ]
+        alike.setdefault(tuple(sorted(varying(row[0]))), []).append(row)
+    sums = []
+    for names, rows_alike in alike.items():
+        columns = jax.lax.platform_dependent(rows_alike, cpu=_stacked_sums, default=_sums)
+        sums.append(jax.lax.psum(columns, names) if names else columns)
+    return [fold(jnp.add, list(column)) for column in zip(*sums)]
+
+
+def _sums(rows: list[tuple]) -> list[jax.Array]:
+    """For GPUs, where sums of arrays share a kernel with what computes these, and many scalars take one kernel."""
+    sums = [list(_stacked_sum(row)) if row[0].ndim == 1 else [jnp.sum(x) for x in row] for row in rows]
+    return [fold(jnp.add, list(column)) for column in zip(*sums)]
+
+
+def _stacked_sums(rows: list[tuple]) -> list[jax.Array]:
+    """For the CPU, where each sum is a kernel or two of its own, to compile and to start."""
+    return list(fold(jnp.add, [_stacked_sum(row) for row in rows]))
+
+
+def _stacked_sum(row: tuple) -> jax.Array:
+    return jnp.sum(jnp.stack(row), axis=tuple(range(1, row[0].ndim + 1)))
 
 
 def _merged(values: list, layout: tuple) -> tuple[list, tuple]:

@@ -97,6 +97,15 @@ def test_many_leaves_are_added_up_apart_from_their_sums():
     assert adding and not any(" reduce(" in kernel for kernel in adding)
 
 
+@trees.on_a_cpu_that_fuses
+def test_what_is_reported_of_the_units_of_a_leaf_is_one_sum():
+    """Beside it a leaf has the sum that is its norm, and again at another scale, and one that asks whether to."""
+    tx = oc.clip_by_unit_norm(1.0)
+    updates = [jax.ShapeDtypeStruct((64, 16), jnp.float32)] * 10
+    text = jax.jit(tx.update).lower(updates, jax.eval_shape(tx.init, updates)).compile().as_text()
+    assert len(re.findall(r" reduce\(", text)) == 4 * len(updates)
+
+
 @pytest.mark.parametrize("name", ["global", "leaf", "unit", "agc"])
 def test_the_second_pass_changes_nothing_where_it_is_not_needed(name):
     """Scaling gradients and parameters by a power of two, within the ordinary range or out of it, scales the result."""
