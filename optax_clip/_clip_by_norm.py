@@ -303,6 +303,7 @@ def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
     thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:
         return [norms[0], thresholds[0], scales[0], above[0]]
+    # On meshes with explicit axes, what is broadcast to the norms' shape has not their sharding; a sum with zeros has.
     rows = [
         (*squares(n), t + jnp.zeros_like(n), scale, is_above)
         for n, t, scale, is_above in zip(norms, thresholds, scales, above)

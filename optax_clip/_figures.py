@@ -88,7 +88,7 @@ def thresholds(norms: Any, clips: Mapping[str, Any], *, ax: Any = None) -> np.nd
         from matplotlib import pyplot
 
         size = (3.2 * len(clips) + 0.8, 3.6)
-        ax = pyplot.subplots(1, len(clips), sharey=True, squeeze=False, figsize=size, layout="constrained")[1]
+        ax = pyplot.subplots(1, len(clips), sharey=True, figsize=size, layout="constrained")[1]
     ax = np.ravel(np.asarray(ax, dtype=object))
     for one in ax:
         check_axes(one, caller="thresholds", example="ax=figure.subplots(1, 2)")

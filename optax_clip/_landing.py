@@ -150,7 +150,7 @@ def _at_most(value: Any, dtype: Any) -> jax.Array:
     nearest = known.astype(dtype)
     if nearest.dtype == known.dtype:
         return nearest
-    return jnp.where(rounded_to(known, dtype) > known, _neighbor(nearest, -1), nearest)
+    return jnp.where(rounded_to(known, dtype) > known, _neighbor(nearest, above=False), nearest)
 
 
 def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
@@ -165,11 +165,11 @@ def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(tiny, jnp.round(jnp.where(tiny, x, 0.0) * (1 / smallest)) * smallest, rounded)
 
 
-def _neighbor(x: jax.Array, steps: int) -> jax.Array:
+def _neighbor(x: jax.Array, *, above: bool) -> jax.Array:
     """The next number >= 0 below or above; 0 below 0."""
     integers = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, integers)
-    bits = bits + jnp.asarray(1, integers) if steps > 0 else bits - jnp.minimum(bits, jnp.asarray(1, integers))
+    bits = bits + 1 if above else bits - jnp.minimum(bits, 1)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
@@ -177,11 +177,11 @@ def _last_rounded_to(limit: jax.Array, dtype: Any) -> jax.Array:
     """The largest number of the wider dtype that is rounded to at most `limit`."""
     if limit.dtype == dtype:
         return limit
-    above = _neighbor(limit, 1)
+    above = _neighbor(limit, above=True)
     # Numbers in the middle go to the even neighbor.
     middle = (limit.astype(dtype) + above.astype(dtype)) * 0.5
     integers = jax.lax.bitcast_convert_type(limit, jnp.dtype(f"uint{8 * limit.dtype.itemsize}"))
-    return jnp.where(integers % 2 == 0, middle, _neighbor(middle, -1))
+    return jnp.where(integers % 2 == 0, middle, _neighbor(middle, above=False))
 
 
 def _share(step: jax.Array, landed: list, count: Callable) -> jax.Array:

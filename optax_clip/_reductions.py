@@ -80,10 +80,16 @@ def _l2_split(layout: tuple, sizes: tuple[int, ...], counts: tuple[int, ...], va
     n, dtypes = len(values), _dtypes(values)
 
     def sum_of_squares(i, x, axes):
-        block, is_large = i % n, i >= n
-        parts, edge = real_parts(x), hidden[edges[block]]
-        kept = [jnp.where((jnp.abs(y) >= edge.astype(y.dtype)) == is_large, y, 0.0) for y in parts]
-        return _sum_of_squares(kept, axes, dtypes[block], hidden[(large if is_large else small)[block]])
+        block, of_large = i % n, i >= n
+        edge, down, up = (hidden[numbers[block]].astype(dtypes[block]) for numbers in (edges, large, small))
+
+        def squared(part):
+            is_large = jnp.abs(part) >= edge
+            square = jnp.square(part * jnp.where(is_large, down, up))  # the same for both sums: taken once
+            return jnp.where(is_large == of_large, square, 0.0)
+
+        parts = [squared(part.astype(dtypes[block])) for part in real_parts(x)]
+        return _over(jnp.sum, fold(jnp.add, parts), axes)
 
     sums = _reduce(values + values, layout + layout, sum_of_squares)  # of small entries, and then of large ones
     packing = packing_of(sums[:n])
@@ -192,7 +198,9 @@ def total(rows: list[tuple]) -> list[jax.Array]:
         alike.setdefault(tuple(sorted(varying(row[0]))), []).append(row)
     sums = []
     for names, rows_alike in alike.items():
-        columns = jax.lax.platform_dependent(rows_alike, cpu=_stacked_sums, default=_sums)
+        columns = jax.lax.platform_dependent(
+            rows_alike, cpu=_stacked_sums, cuda=_sums_in_f64, rocm=_sums_in_f64, default=_sums
+        )
         sums.append(jax.lax.psum(columns, names) if names else columns)
     return [fold(jnp.add, list(column)) for column in zip(*sums)]
 
@@ -201,6 +209,18 @@ def _sums(rows: list[tuple]) -> list[jax.Array]:
     """For GPUs, where sums of arrays share a kernel with what computes these, and many scalars take one kernel."""
     sums = [list(_stacked_sum(row)) if row[0].ndim == 1 else [jnp.sum(x) for x in row] for row in rows]
     return [fold(jnp.add, list(column)) for column in zip(*sums)]
+
+
+@jax.custom_jvp  # outside of `enable_x64`, where derivatives are taken, jax mixes up f64 and f32
+def _sums_in_f64(rows: list[tuple]) -> list[jax.Array]:
+    """For GPUs: as norms are there, so that on a mesh one all-reduce takes both."""
+    with jax.enable_x64(True):
+        return [s.astype(jnp.float32) for s in _sums([tuple(x.astype(jnp.float64) for x in row) for row in rows])]
+
+
+@_sums_in_f64.defjvp
+def _(primals, tangents):
+    return _sums_in_f64(*primals), _sums(*tangents)
 
 
 def _stacked_sums(rows: list[tuple]) -> list[jax.Array]:

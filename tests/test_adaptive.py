@@ -630,6 +630,14 @@ def test_minimum_with_a_share_of_the_parameters():
         thresholds_of(rule)
 
 
+def test_a_ratio_capped_by_a_share_of_the_parameters():
+    """In warm-up the cap of `ema_ratio` is that share of the parameters of the step."""
+    params = [jnp.array([0.1 * i]) for i in range(40)]
+    rule = oc.ema_ratio(oc.param_fraction(0.5, oc.global_norm), warmup_steps=40)
+    expected = np.minimum(RANDOM_NORMS, [0.5 * max(float(p[0]), 1e-3) for p in params])
+    close(thresholds_of(rule, params=params), expected)
+
+
 def test_z_scores_of_norms_near_its_epsilon():
     """The deviation that divides is 1e-6 larger than that of the norms, as the paper has it."""
     norms = np.float32([1e-6, 3e-6, 1e-6, 3e-6, 2e-5])

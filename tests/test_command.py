@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 
+import chex
+import jax
 import matplotlib.image
 import numpy as np
 import properties  # noqa: F401  loads the profile of hypothesis
@@ -247,6 +249,15 @@ def test_what_a_suggestion_rests_on():
     assert "without 1 norm not finite" in basis([*sample, np.inf]) and "not finite" not in basis(sample)
     for growth, drifts in ((1.4, False), (1.7, True), (1 / 1.7, True)):
         assert ("The norms drift" in basis([*sample, *sample * growth])) == drifts
+    assert " is 1.7 times that of the first." in basis([*20 * sample, *34 * sample])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
+def test_norms_of_few_bits(dtype):
+    """Norms may be of any dtype of real numbers."""
+    norms = [1.0, 2.0, 3.0, 44.0]
+    found, expected = oc.suggest_threshold(jax.numpy.array(norms, dtype)), oc.suggest_threshold(norms)
+    chex.assert_trees_all_equal(found[:-1], expected[:-1])
 
 
 def test_skipped_lines_are_counted(tmp_path, capsys):

@@ -53,6 +53,27 @@ def test_norms(as_on, name):
                 np.testing.assert_allclose(np.float64(actual), expected, rtol=1e-6, err_msg=f"2^{exponent}, {spread}")
 
 
+@pytest.mark.parametrize("clip", [oc.clip_by_leaf_norm, oc.clip_by_unit_norm])
+def test_metrics(as_on, clip):
+    """Every way sums up the same, and has the derivatives of the norm of all blocks."""
+    tx, grads = clip(1.0), trees.sample(0, shapes={"a": (5,), "b": (6, 5), "c": (3, 40)})
+    metrics = jax.jit(lambda grads: oc.clip_metrics(tx.update(grads, tx.init(grads))[1]))
+    norms = jax.tree.leaves(EXPECTED["leaf" if clip is oc.clip_by_leaf_norm else "unit"](grads))
+    norms = np.concatenate([np.ravel(n) for n in norms])
+    found, norm = metrics(grads), np.linalg.norm(norms)
+    expected = [norm, np.mean(np.minimum(1 / norms, 1)), np.mean(norms > 1)]
+    np.testing.assert_allclose([found[f"clip/{key}"] for key in ("norm", "scale", "clip_rate")], expected, rtol=1e-6)
+
+    slopes = jax.grad(lambda grads: metrics(grads)["clip/norm"])
+    slope_of_sum = jax.jit(jax.grad(lambda grads: sum(map(jnp.sum, jax.tree.leaves(slopes(grads))))))
+    close = lambda tree, f: jax.tree.map(
+        lambda x, g: np.testing.assert_allclose(x, f(g / norm), rtol=1e-4, atol=1e-6), tree, grads
+    )
+    total = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(grads)) / norm
+    close(jax.jit(slopes)(grads), lambda unit: unit)
+    close(slope_of_sum(grads), lambda unit: (1 - unit * total) / norm)
+
+
 def test_norms_of_odd_leaves(as_on):
     """NaN, inf, no entries, and numbers at both ends of the range."""
     leaves = [[np.nan, 1.0], [-np.inf, 1.0], [], [3e38, 1e-30]]

@@ -431,6 +431,14 @@ def test_scaling_up_never_overflows(scale_up):
         assert jnp.isclose(clipped[0], target, rtol=1e-5, atol=0) or (norm < 1e-27 and clipped[0] == jnp.float32(norm))
 
 
+def test_factors_that_are_small_integers():
+    """Numbers that programs also use to tell cases apart are factors like any other."""
+    updates = [jnp.array([1 / factor, 0.0]) for factor in (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)]
+    tx = oc.clip_by_leaf_norm(1.0, response=oc.normalize)
+    clipped, _ = jax.jit(tx.update)(updates, tx.init(updates))
+    chex.assert_trees_all_close(clipped, [jnp.array([1.0, 0.0])] * 6, rtol=1e-6)
+
+
 @over([case for case in clips.NORM_CLIPS if case.name != "clip_by_global_norm_inf"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_norm_above_the_largest_number_is_loud(case, dtype):
@@ -556,8 +564,14 @@ def test_leaves_without_entries(case, shape):
 
 @every
 @pytest.mark.parametrize("empty", [{}, (), [], {"a": {}, "b": (), "c": None}], ids=str)
-def test_empty_trees(case, empty):
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+def test_empty_trees(case, empty, x64):
     """A tree without leaves comes back as it is, and the state counts the step and measures 0."""
+    with jax.enable_x64(x64):
+        check_empty_tree(case, empty)
+
+
+def check_empty_tree(case, empty):
     for threshold in (1.0, None, 0.0, lambda step: 1.0):
         tx = case.make(threshold)
         state = tx.init(empty)

@@ -263,7 +263,7 @@ BAD = {
     "clip": ([1.0], NO_CLIP, None, TypeError, "clips must map labels to norm clips, got float for 'a'"),
     "norms empty": ([], {"a": oc.zclip()}, None, ValueError, "norms is empty"),
     "norms matrix": ([[1.0]], {"a": oc.zclip()}, None, ValueError, r"norms must be a vector.*shape \(1, 1\)"),
-    "norms negative": ([-1.0], {"a": oc.zclip()}, None, ValueError, "norms must be >= 0, got -1 at step 0"),
+    "norms negative": ([0.0, -1.0], {"a": oc.zclip()}, None, ValueError, "norms must be >= 0, got -1 at step 1"),
     "norms text": (["a"], {"a": oc.zclip()}, None, TypeError, "norms must be real numbers"),
     "replay": (
         [1.0],
@@ -310,6 +310,7 @@ def test_responses_are_drawn_as_they_are():
     np.testing.assert_allclose(at["normalize"], [1, 1, 1], rtol=1e-3)
     np.testing.assert_allclose(at["smooth"], [0.01 / 1.01, 0.5, 100 / 101], rtol=1e-3)
     np.testing.assert_allclose(at["tanh"], [0.01, np.tanh(1), 1], rtol=1e-3)
+    assert (ax.get_xscale(), ax.get_yscale(), *ax.get_xlim()) == ("log", "log", 0.01, 100)
     assert len({line.get_linestyle() for line in ax.get_lines()}) == 4  # told apart in black and white
     assert {to_hex(line.get_color()) for line in ax.get_lines()} <= {color.lower() for color in OKABE_ITO}
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn)
@@ -465,7 +466,9 @@ def test_leaf_norms_of_zero_and_not_finite_are_seen():
     tree = {"a": [0.0, NAN, INF, 1.0], "b": [1.0, 10.0, NAN, 1e3]}
     ax = plot.leaf_norms(tree, ax=Figure().subplots())
     (mesh,) = ax.collections
-    colors = mesh.to_rgba(mesh.get_array())[..., :3]
+    colors = mesh.to_rgba(mesh.get_array())
+    assert (colors[..., 3] == 1).all()
+    colors = colors[..., :3]
     assert (colors[0, 0] == 1).all() and (colors[0, 1:3] == 0).all() and (colors[1, 2] == 0).all()
     gray = colors @ [0.299, 0.587, 0.114]
     assert gray[1, 0] < gray[1, 1] < gray[1, 3] < 0.95
@@ -536,9 +539,9 @@ def test_figures_of_norms_are_new_where_none_is_given(draw):
 
 
 BAD_NORMS = {
-    "no norm": (plot.distribution, ([NAN],), ValueError, "distribution: norms has no finite number above 0 among 1"),
-    "matrix": (plot.distribution, ([[1.0]],), ValueError, "distribution: norms must be a vector"),
-    "candidates": (plot.distribution, ([1.0], [2.0]), TypeError, "distribution: candidates must map labels.*got list"),
+    "no norm": (plot.distribution, ([NAN],), ValueError, "norms has no finite number above 0 among 1"),
+    "matrix": (plot.distribution, ([[1.0]],), ValueError, "norms must be a vector"),
+    "candidates": (plot.distribution, ([1.0], [2.0]), TypeError, "candidates must map labels.*got list"),
     "zero": (
         plot.distribution,
         ([1.0], {"a": 0.0}),
@@ -559,12 +562,28 @@ BAD_NORMS = {
         r"candidates\['a'\] must be a number or .*got bool",
     ),
     "vector": (plot.distribution, ([1.0], {"a": np.ones(2)}), ValueError, r"candidates\['a'\] must be a scalar"),
-    "no leaf": (plot.leaf_norms, ({},), ValueError, "leaf_norms: norms must hold leaves of one length.*0 leaves"),
-    "lengths": (plot.leaf_norms, ({"a": [1.0], "b": [1.0, 2.0]},), ValueError, r"2 leaves of lengths \[1, 2\]"),
-    "no step": (plot.leaf_norms, ({"a": []},), ValueError, r"0 leaves of lengths \[\]"),
-    "empty": (plot.leaf_norms, ({"a": np.ones(0)},), ValueError, r"1 leaves of lengths \[0\]"),
-    "negative": (plot.leaf_norms, ({"a": {"b": [-1.0]}},), ValueError, "leaf_norms: a/b: norms must be >= 0"),
-    "scalar": (plot.leaf_norms, ({"a": 1.0},), ValueError, "leaf_norms: a: norms must be a vector"),
+    "no leaf": (plot.leaf_norms, ({},), ValueError, "norms must hold leaves of one length.*0 leaves"),
+    "lengths": (
+        plot.leaf_norms,
+        ({"a": [1.0], "b": [1.0, 2.0]},),
+        ValueError,
+        r"norms must hold leaves of one length >= 1, got 2 leaves of lengths \[1, 2\]",
+    ),
+    "no step": (
+        plot.leaf_norms,
+        ({"a": []},),
+        ValueError,
+        r"norms must hold leaves of one length >= 1, got 0 leaves of lengths \[\]",
+    ),
+    "empty": (
+        plot.leaf_norms,
+        ({"a": np.ones(0)},),
+        ValueError,
+        r"norms must hold leaves of one length >= 1, got 1 leaves of lengths \[0\]",
+    ),
+    "negative": (plot.leaf_norms, ({"a": {"b": [-1.0]}},), ValueError, "a/b: norms must be >= 0"),
+    "scalar": (plot.leaf_norms, ({"a": 1.0},), ValueError, "a: norms must be a vector"),
+    "table": (plot.leaf_norms, (np.ones((2, 2)),), ValueError, "norms must be a vector"),
 }
 
 
@@ -573,8 +592,8 @@ def test_error_messages_of_norms(case):
     """Wrong norms and candidates are refused before anything is drawn, and axes that are none."""
     draw, args, error, text = BAD_NORMS[case]
     ax = Figure().subplots()
-    with pytest.raises(error, match=rf"{text}.*\. \w.*\.$"):
+    with pytest.raises(error, match=rf"^{draw.__name__}: {text}.*\. \w.*\.$"):
         draw(*args, ax=ax)
     assert not ax.has_data()
-    with pytest.raises(TypeError, match="ax must be axes of matplotlib, got str"):
+    with pytest.raises(TypeError, match=rf"^{draw.__name__}: ax must be axes of matplotlib, got str"):
         draw([1.0], ax="axes")

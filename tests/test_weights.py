@@ -156,6 +156,19 @@ def test_rounding_without_a_conversion(dtype):
         np.testing.assert_array_equal(rounded(jnp.asarray(x), dtype), expected)
 
 
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_pruning_sees_weights_as_they_are_stored(dtype, odd):
+    """A sum that is stored as the threshold is pruned, one stored as the next number stays; in the middle, too."""
+    step = float(jnp.finfo(dtype).eps) / 2  # from 0.5 on
+    threshold = 0.5 + odd * step
+    sums = jnp.float32(threshold) + step * jnp.linspace(-2, 2, 65)
+    out, _ = landed(oc.prune_weights(threshold), jnp.zeros(65, dtype), sums)
+    stored = sums.astype(dtype)
+    chex.assert_trees_all_equal(out, jnp.where(stored <= threshold, 0, stored))
+    assert 0 < jnp.sum(out == 0) < 65
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_inside_land_as_without_a_clip(dtype):
     """Away from the bound updates keep every bit, and at most they are widened."""
@@ -316,6 +329,16 @@ def test_every_number_can_be_injected():
         out, state = landed(tx, weights, pair(1))
         assert state.hyperparams.keys() == arguments.keys()
         chex.assert_trees_all_close(out, landed(make(**arguments), weights, pair(1))[0], rtol=1e-6)
+
+
+def test_ranges_follow_their_schedules():
+    """Both ends of the range are those of the step."""
+    tx = oc.rescale_weights(lambda step: -2.0 - step, lambda step: 1.0 + step)
+    weights, state = jnp.array([-9.0, 0.0, 9.0]), tx.init(jnp.zeros(3))
+    for step in range(3):
+        updates, state = tx.update(jnp.zeros(3), state, weights)
+        out = optax.apply_updates(weights, updates)
+        chex.assert_trees_all_close((out.min(), out.max()), (-2.0 - step, 1.0 + step), rtol=1e-6)
 
 
 # What is not finite, and odd leaves

@@ -20,6 +20,7 @@ from test_contract import once, pair, run, stack, types
 from test_programs import ENTRIES, compiled_step, entry
 
 import optax_clip as oc
+from optax_clip import _wrappers
 
 INNER = {case.name: functools.partial(case.make, 0.5) for case in clips.CLIPS} | {
     "zclip": lambda: oc.zclip(1.0, 0.9, 2),
@@ -290,6 +291,25 @@ def test_draws_of_low_and_high_probability_are_nested_uniform():
     counts = np.diff([share_clipped(oc.clip_randomly(oc.clip(1.0), p, 7), updates)[0].sum() for p in edges])
     expected = updates.size / 20
     assert ((counts - expected) ** 2 / expected).sum() < 50  # 20 degrees of freedom less one: p < 1e-4
+
+
+def test_draws_are_mixed_as_by_murmur():
+    """The words of entries are mixed by the finalizer of MurmurHash3, whose quality is known."""
+    for number, mixed in ((1, 0x514E28B7), (0, 0)):
+        assert int(_wrappers._mixed(jnp.uint32(number))) == mixed
+    numbers = [3, 0x12345678, 0xFFFFFFFF]
+    for number, found in zip(numbers, np.asarray(_wrappers._mixed(jnp.asarray(numbers, jnp.uint32)))):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            number = (number ^ number >> shift) * factor % 2**32
+        assert int(found) == number
+
+
+def test_draws_do_not_depend_on_the_default_generator():
+    """Keys are threefry, whatever jax is told to use for others."""
+    updates = jnp.full(100, 3.0)
+    expected = share_clipped(oc.clip_randomly(oc.clip(1.0), 0.5), updates)
+    with jax.default_prng_impl("rbg"):
+        chex.assert_trees_all_equal(share_clipped(oc.clip_randomly(oc.clip(1.0), 0.5), updates), expected)
 
 
 def test_a_seed_gives_the_same_draws():
