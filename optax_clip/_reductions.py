@@ -206,7 +206,7 @@ def total(rows: list[tuple]) -> list[jax.Array]:
 
 
 def _sums(rows: list[tuple]) -> list[jax.Array]:
-    """For GPUs, where sums of arrays share a kernel with what computes these, and many scalars take one kernel."""
+    """For GPUs and TPUs, where sums of arrays share a kernel with what computes these; many scalars take one."""
     sums = [list(_stacked_sum(row)) if row[0].ndim == 1 else [jnp.sum(x) for x in row] for row in rows]
     return [fold(jnp.add, list(column)) for column in zip(*sums)]
 

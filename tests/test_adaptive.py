@@ -586,6 +586,8 @@ def test_a_number_can_follow_a_schedule_by_injection():
 # Rules, alone and combined
 
 RANDOM_NORMS = np.float32(np.exp(np.random.default_rng(7).normal(size=40)))
+GROWING = [jnp.array([0.1 * i]) for i in range(40)]  # parameters
+HALVES = [0.5 * max(float(params[0]), 1e-3) for params in GROWING]
 
 
 def thresholds_of(rule, norms=RANDOM_NORMS, params=None) -> np.ndarray:
@@ -620,22 +622,18 @@ def test_minimum_of_none_never_clips():
 
 def test_minimum_with_a_share_of_the_parameters():
     """A rule that needs params gets those of each step, and without them the clip says that they are missing."""
-    params = [jnp.array([0.1 * i]) for i in range(40)]
     rule = oc.minimum(oc.param_fraction(0.5, oc.global_norm), oc.quantile(50.0, 8))
     assert rule.needs_params and not oc.minimum(1.0, oc.quantile()).needs_params
     quantiles = list(map(reference.Autoclip(50.0, 8), RANDOM_NORMS))
-    expected = np.minimum(quantiles, [0.5 * max(float(p[0]), 1e-3) for p in params])
-    close(thresholds_of(rule, params=params), expected)
+    close(thresholds_of(rule, params=GROWING), np.minimum(quantiles, HALVES))
     with pytest.raises(ValueError, match="params are missing"):
         thresholds_of(rule)
 
 
 def test_a_ratio_capped_by_a_share_of_the_parameters():
     """In warm-up the cap of `ema_ratio` is that share of the parameters of the step."""
-    params = [jnp.array([0.1 * i]) for i in range(40)]
     rule = oc.ema_ratio(oc.param_fraction(0.5, oc.global_norm), warmup_steps=40)
-    expected = np.minimum(RANDOM_NORMS, [0.5 * max(float(p[0]), 1e-3) for p in params])
-    close(thresholds_of(rule, params=params), expected)
+    close(thresholds_of(rule, params=GROWING), np.minimum(RANDOM_NORMS, HALVES))
 
 
 def test_z_scores_of_norms_near_its_epsilon():

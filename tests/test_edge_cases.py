@@ -568,21 +568,17 @@ def test_leaves_without_entries(case, shape):
 def test_empty_trees(case, empty, x64):
     """A tree without leaves comes back as it is, and the state counts the step and measures 0."""
     with jax.enable_x64(x64):
-        check_empty_tree(case, empty)
-
-
-def check_empty_tree(case, empty):
-    for threshold in (1.0, None, 0.0, lambda step: 1.0):
-        tx = case.make(threshold)
-        state = tx.init(empty)
-        clipped, new_state = tx.update(empty, state, empty)
-        chex.assert_trees_all_equal_structs(clipped, empty)
-        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-        assert new_state.step == 1
-        if case.measure is not None:
-            assert new_state.norm == 0 and new_state.clip_rate == 0
-        if case.scope in ("leaf", "unit", "group"):  # there is no block to take a mean of
-            assert new_state.threshold == 0 and new_state.scale == 1
+        for threshold in (1.0, None, 0.0, lambda step: 1.0):
+            tx = case.make(threshold)
+            state = tx.init(empty)
+            clipped, new_state = tx.update(empty, state, empty)
+            chex.assert_trees_all_equal_structs(clipped, empty)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            assert new_state.step == 1
+            if case.measure is not None:
+                assert new_state.norm == 0 and new_state.clip_rate == 0
+            if case.scope in ("leaf", "unit", "group"):  # there is no block to take a mean of
+                assert new_state.threshold == 0 and new_state.scale == 1
 
 
 @pytest.mark.parametrize("tree", [{}, {"n": 7}, {"w": np.zeros((3, 0), np.float32)}], ids=str)

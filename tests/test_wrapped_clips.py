@@ -295,9 +295,8 @@ def test_draws_of_low_and_high_probability_are_nested_uniform():
 
 def test_draws_are_mixed_as_by_murmur():
     """The words of entries are mixed by the finalizer of MurmurHash3, whose quality is known."""
-    for number, mixed in ((1, 0x514E28B7), (0, 0)):
-        assert int(_wrappers._mixed(jnp.uint32(number))) == mixed
-    numbers = [3, 0x12345678, 0xFFFFFFFF]
+    assert _wrappers._mixed(jnp.uint32(1)) == 0x514E28B7
+    numbers = [0, 3, 0x12345678, 0xFFFFFFFF]
     for number, found in zip(numbers, np.asarray(_wrappers._mixed(jnp.asarray(numbers, jnp.uint32)))):
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             number = (number ^ number >> shift) * factor % 2**32
