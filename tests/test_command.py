@@ -329,6 +329,7 @@ PIECES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", PIECES)
 def test_any_bytes(suffix):
     """Whatever bytes a file holds, the exit status is 0 or 2, without a traceback or a warning."""

@@ -15,6 +15,7 @@ from properties import PROFILE
 
 import optax_clip as oc
 
+pytestmark = pytest.mark.long  # part of the long profile, as the properties are
 STEPS = 1_000_000 if PROFILE == "long" else 20_000
 LARGEST = 2**31 - 1
 
