@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from optax_clip._blocks import Mesh, varying, wide, widest
@@ -257,12 +258,12 @@ def _anywhere(flags: list[jax.Array], layout: tuple) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("layout", "ord"), inline=True)
 def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
     """Norms of order 1 and inf in one read; others in two, relative to the largest entry, so no power overflows."""
+    dtypes = _dtypes(values)
     if ord == 1:
-        dtypes = _dtypes(values)
-        return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x).astype(dtypes[i]), axes))
+        return _reduce(values, layout, lambda i, x, axes: _over(jnp.sum, _magnitude(x, dtypes[i]), axes))
 
     def peak(i, x, axes):
-        size = _magnitude(x)
+        size = _magnitude(x, dtypes[i])
         # Maxima over devices may lose a NaN; inf is as loud.
         return _over(jnp.max, jnp.where(jnp.isnan(size), jnp.inf, size), axes, initial=0.0)
 
@@ -275,14 +276,15 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
 
     def powers(i, x, axes):
         unit, scale = units[i], scales[i]
-        return _over(jnp.sum, (_magnitude(x).astype(unit.dtype) * scale / (unit * scale)) ** ord, axes)
+        return _over(jnp.sum, (_magnitude(x, unit.dtype) * scale / (unit * scale)) ** ord, axes)
 
     sums = _reduce(values, layout, powers)
     return [jnp.where(s == 0, 0.0, jnp.where(s == 0, 1.0, s) ** (1 / ord)) * unit for s, unit in zip(sums, units)]
 
 
-def _magnitude(x: jax.Array) -> jax.Array:
-    x = at_least_f32(x)
+def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
+    """|x| in the dtype of its block: that of a complex64 may leave the range of f32, which f64 holds."""
+    x = x.astype(np.promote_types(x.dtype, dtype) if jnp.iscomplexobj(x) else dtype)
     return jnp.where(x == 0, 0.0, jnp.abs(x))  # with the derivative 0 at 0
 
 

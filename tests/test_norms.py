@@ -253,6 +253,14 @@ def test_overflow_is_inf():
     assert oc.global_norm(jnp.full(4, 3e38), ord=float("inf")) == jnp.float32(3e38)
 
 
+@by_order
+def test_magnitudes_beyond_f32_count_beside_f64(ord):
+    """In a block with an f64 leaf, an entry whose parts f32 holds has a magnitude, though f32 does not hold it."""
+    leaves = [np.complex64([3e38 + 3e38j, 1.0]), np.float64([1e30])]
+    with jax.enable_x64(True):
+        close(oc.global_norm(leaves, ord=ord), reference.p_norm(np.concatenate(leaves), ord), rtol=1e-12)
+
+
 # Derivatives
 
 
