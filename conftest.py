@@ -1,6 +1,7 @@
-"""Set up before jax is imported: 8 virtual CPU devices, GPU memory as needed, and the names that examples use."""
+"""Sets up tests: 8 virtual CPU devices, GPU memory as needed, a store of compiled programs, names for examples."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes run tests on one GPU
@@ -13,6 +14,12 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import optax_clip
+
+# Many tests compile the same program, and so does the next run. A folder for each process, since jax locks nothing.
+PROGRAMS = pathlib.Path(__file__).parent / ".programs" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 PAGES = ["README.md", "docs/*.md", "docs/*/*.md"]  # `**` is one folder in these patterns
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=PAGES).pytest()
