@@ -284,7 +284,7 @@ def p_norms(values: list, *, layout: tuple, ord: float) -> list[jax.Array]:
 
 def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
     """|x| in the dtype of its block: that of a complex64 may leave the range of f32, which f64 holds."""
-    x = x.astype(np.promote_types(x.dtype, dtype) if jnp.iscomplexobj(x) else dtype)
+    x = x.astype(np.promote_types(x.dtype, dtype))
     return jnp.where(x == 0, 0.0, jnp.abs(x))  # with the derivative 0 at 0
 
 
