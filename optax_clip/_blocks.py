@@ -1,7 +1,7 @@
 """From a tree of updates to blocks: which leaves count, which part of a leaf shares a norm, over which devices."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,12 @@ def varying(x: jax.Array) -> frozenset[str]:
     """The manual mesh axes over which `x` differs, so far as its type tells."""
     kind = jax.typeof(x)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def on_one_device(arrays: Sequence[jax.Array]) -> bool:
+    """Whether there is but one that they could lie on, so far as their types tell: that of their mesh, or of all."""
+    sizes = {jax.typeof(array).sharding.mesh.size for array in arrays}
+    return sizes == {1} or (sizes == {0} and jax.device_count() == 1)
 
 
 class Part(NamedTuple):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from optax_clip import _checks
-from optax_clip._blocks import broadcast, is_counted, varying, wide
-from optax_clip._packing import Packing, packing_of
+from optax_clip._blocks import broadcast, is_counted, on_one_device, varying, wide
+from optax_clip._packing import Packing, packing_alike, packing_of
 from optax_clip._reductions import real_parts, root, root_of_squares, squares, total
 from optax_clip._responses import shrink
 from optax_clip._thresholds import Threshold, as_thresholds, is_threshold, thresholds_of
@@ -126,15 +127,14 @@ def norm_step(
         blocks = _Blocks(norm(updates), updates, tree, rules, caller, name)
         try:
             thresholds, rule = blocks.thresholds(state.rule, params)
-            pairs = [_scale_and_factor(n, t, respond, caller) for n, t in zip(blocks.norms, thresholds)]
+            factors, summary = _in_few_kernels(respond, caller, blocks.norms, thresholds)
         except (AttributeError, TypeError, ValueError):
             blocks.check_state(state.rule)
             raise
-        scales, factors = [scale for scale, _ in pairs], [factor for _, factor in pairs]
         scaled = [_scaling(factor) for factor in blocks.packing.unpack_to_kernels(factors)]
         leaves, treedef = jax.tree.flatten(updates)
         clipped = [leaf if b is None else scaled[b](leaf) for leaf, b in zip(leaves, blocks.of_leaf)]
-        norm_of_all, mean_threshold, mean_scale, share = _summary(blocks.norms, thresholds, scales)
+        norm_of_all, mean_threshold, mean_scale, share = summary
         step = jnp.asarray(optax.safe_increment(state.step))
         clip_rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
         new = ClipState(step, norm_of_all, mean_threshold, mean_scale, clip_rate, rule)
@@ -244,6 +244,28 @@ def _fits(norm: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
     return len(norm) <= len(leaf) and all(n in (1, size) for n, size in zip(norm[::-1], leaf[::-1]))
 
 
+def _in_few_kernels(respond: Callable, caller: str, norms: list, thresholds: list) -> tuple[list, list]:
+    """What to multiply by, for each of the norms, and their summary.
+
+    On a single GPU, norms of one shape are one array here, which takes one kernel instead of one a leaf. TPUs take
+    longer to put them together, and on a mesh they may lie on different devices.
+    """
+
+    def answers(norms, thresholds):
+        pairs = [_scale_and_factor(n, t, respond, caller) for n, t in zip(norms, thresholds)]
+        return [factor for _, factor in pairs], _summary(norms, thresholds, [scale for scale, _ in pairs])
+
+    def together(norms, thresholds):
+        factors, summary = answers(packing.pack(norms), packing.pack(list(map(_spread, thresholds, norms))))
+        return packing.unpack(factors), summary
+
+    packing = packing_alike(norms)
+    traced = any(isinstance(norm, Tracer) for norm in norms)  # a choice outside of jit compiles each time
+    if not traced or len(packing.groups) == len(norms) or not on_one_device(norms):
+        return answers(norms, thresholds)
+    return jax.lax.platform_dependent(norms, thresholds, cuda=together, rocm=together, default=answers)
+
+
 def _scale_and_factor(
     norm: jax.Array, threshold: jax.Array, respond: Callable, caller: str
 ) -> tuple[jax.Array, jax.Array]:
@@ -292,6 +314,11 @@ def _scaling(factor: jax.Array) -> Callable[[Any], jax.Array]:
     return scaled
 
 
+def _spread(threshold: jax.Array, norm: jax.Array) -> jax.Array:
+    """In the shape of the norm, and on meshes with explicit axes in its sharding, which a sum with zeros has."""
+    return threshold + jnp.zeros_like(norm)
+
+
 def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
     """Total norm, mean threshold, mean scale, share of blocks above their thresholds: f32[] each."""
     if not any(n.size for n in norms):
@@ -303,10 +330,8 @@ def _summary(norms: list, thresholds: list, scales: list) -> list[jax.Array]:
     thresholds = [t.astype(jnp.float32) for t in thresholds]
     if len(norms) == 1 and norms[0].ndim == 0:
         return [norms[0], thresholds[0], scales[0], above[0]]
-    # On meshes with explicit axes, what is broadcast to the norms' shape has not their sharding; a sum with zeros has.
     rows = [
-        (*squares(n), t + jnp.zeros_like(n), scale, is_above)
-        for n, t, scale, is_above in zip(norms, thresholds, scales, above)
+        (*squares(n), _spread(t, n), scale, is_above) for n, t, scale, is_above in zip(norms, thresholds, scales, above)
     ]
     low, high, *sums = total(rows)
     count = sum(n.size * math.prod(jax.lax.axis_size(name) for name in varying(n)) for n in norms)

@@ -1,4 +1,4 @@
-"""Many scalars as one vector: a program over 1000 blocks is then as short as over one, and quick to compile."""
+"""Many scalars as one vector, or arrays of one shape as one array: a program over them is as short as over one."""
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -12,13 +12,13 @@ from optax_clip._blocks import varying, widest
 
 
 class Packing(NamedTuple):
-    """Which arrays of a list are scalars that go into one vector, and which stay as they are."""
+    """Which arrays of a list go together into one array with a leading axis, and which stay as they are."""
 
     groups: tuple[tuple[int, ...], ...]  # places in the list, for each packed array
     dtypes: tuple  # of the list
 
     def pack(self, arrays: Sequence) -> list[jax.Array]:
-        """Arrays or numbers, those of a group as a vector of the widest dtype of the group."""
+        """Arrays or numbers, those of a group as one array of the widest dtype of the group."""
         return [self._joined([arrays[i] for i in group], group) for group in self.groups]
 
     def _joined(self, arrays: list, group: tuple[int, ...]) -> jax.Array:
@@ -84,4 +84,12 @@ def packing_of(arrays: Sequence[jax.Array], owners: Sequence[Hashable] | None = 
     groups: dict = {}
     for i, (array, owner) in enumerate(zip(arrays, owners or [None] * len(arrays))):
         groups.setdefault(i if array.ndim else (owner, varying(array)), []).append(i)
+    return Packing(tuple(map(tuple, groups.values())), tuple(a.dtype for a in arrays))
+
+
+def packing_alike(arrays: Sequence[jax.Array]) -> Packing:
+    """Arrays of one type go together: of one shape, dtype and, on meshes with explicit axes, sharding."""
+    groups: dict = {}
+    for i, array in enumerate(arrays):
+        groups.setdefault(jax.typeof(array), []).append(i)
     return Packing(tuple(map(tuple, groups.values())), tuple(a.dtype for a in arrays))

@@ -97,7 +97,7 @@ def test_wrappers_and_clips_of_weights_gather_nothing(reports, target, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("clip_by_global_norm", 1.08), ("clip_by_block_rms", 1.0), ("adaptive_grad_clip", 1.35)]
+    ("name", "most"), [("clip_by_global_norm", 1.08), ("clip_by_block_rms", 1.0), ("adaptive_grad_clip", 1.08)]
 )
 def test_h100_runs_few_kernels(reports, name, most):
     """Hardly more kernels than with Optax's clip, in a small model: the metrics take a few, whatever its size."""
