@@ -80,15 +80,22 @@ def test_metrics(as_on, scope, clip):
 def test_units_alike(as_on, kind):
     """On one device GPUs take norms of one shape as one array; each unit is clipped as by itself, and counted once."""
     shapes = {"a": (6, 5), "b": (2, 5), "c": (3, 40), "d": (5,), "e": (4, 5), "f": (3, 5)}
-    specs = dict.fromkeys(shapes, P()) | {"f": P(None, "x")}  # which is the same place, but another type
-    placement = {name: NamedSharding(trees.mesh(kind, x=1), spec) for name, spec in specs.items()}
-    grads, params = (jax.device_put(trees.sample(seed, shapes=shapes), placement) for seed in (0, 1))
-    grads["b"] = grads["b"].at[0, 0].set(jnp.nan)
+    specs = dict.fromkeys(shapes, P()) | {"f": P(None, "x")}  # another type, on one device too
     tx = oc.adaptive_grad_clip({"a": 0.5, "b": 0.5, "c": 2.0, "d": 0.5, "e": None, "f": 0.5})
-    step = lambda grads: tx.update(grads, tx.init(params), params)
-    (clipped, state), (expected, expected_state) = jax.jit(step)(grads), step(grads)
-    together = f"{4 if kind == AxisType.Auto else 3},1,5" in str(jax.make_jaxpr(step)(grads))
-    assert together == (as_on == "cuda")
+    step = lambda grads, params: tx.update(grads, tx.init(params), params)
+
+    def on(count):
+        """Updates and parameters on so many devices."""
+        placement = {name: NamedSharding(trees.mesh(kind, x=count), spec) for name, spec in specs.items()}
+        grads, params = (trees.sample(seed, shapes=shapes) for seed in (0, 1))
+        grads["b"] = grads["b"].at[0, 0].set(jnp.nan)
+        return jax.device_put((grads, params), (placement, placement))
+
+    def together(count):
+        return f"[{4 if kind == AxisType.Auto else 3},1,5" in str(jax.make_jaxpr(step)(*on(count)))
+
+    assert together(1) == (as_on == "cuda") and not together(5)
+    (clipped, state), (expected, expected_state) = jax.jit(step)(*on(1)), step(*on(1))
     chex.assert_trees_all_close((clipped, state), (expected, expected_state), rtol=1e-6)
     assert jnp.isnan(clipped["b"]).all(axis=0).sum() == 1 and not jnp.isnan(clipped["a"]).any()
 
