@@ -77,7 +77,7 @@ def test_metrics(as_on, scope, clip):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_units_alike(as_on, kind):
+def test_units_alike(as_on, kind, monkeypatch):
     """On one device GPUs take norms of one shape as one array; each unit is clipped as by itself, and counted once."""
     shapes = {"a": (6, 5), "b": (2, 5), "c": (3, 40), "d": (5,), "e": (4, 5), "f": (3, 5)}
     specs = dict.fromkeys(shapes, P()) | {"f": P(None, "x")}  # another type, on one device too
@@ -85,16 +85,23 @@ def test_units_alike(as_on, kind):
     step = lambda grads, params: tx.update(grads, tx.init(params), params)
 
     def on(count):
-        """Updates and parameters on so many devices."""
-        placement = {name: NamedSharding(trees.mesh(kind, x=count), spec) for name, spec in specs.items()}
+        """Updates and parameters on a mesh of so many devices, or where JAX puts them."""
         grads, params = (trees.sample(seed, shapes=shapes) for seed in (0, 1))
         grads["b"] = grads["b"].at[0, 0].set(jnp.nan)
+        if not count:
+            return grads, params
+        placement = {name: NamedSharding(trees.mesh(kind, x=count), spec) for name, spec in specs.items()}
         return jax.device_put((grads, params), (placement, placement))
 
     def together(count):
-        return f"[{4 if kind == AxisType.Auto else 3},1,5" in str(jax.make_jaxpr(step)(*on(count)))
+        alike = 3 if count and kind == AxisType.Explicit else 4
+        return f"[{alike},1,5" in str(jax.make_jaxpr(lambda *trees: step(*trees))(*on(count)))
 
     assert together(1) == (as_on == "cuda") and not together(5)
+    for count in (1, 2):
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "device_count", lambda count=count: count)
+            assert together(0) == (as_on == "cuda" and count == 1)
     (clipped, state), (expected, expected_state) = jax.jit(step)(*on(1)), step(*on(1))
     chex.assert_trees_all_close((clipped, state), (expected, expected_state), rtol=1e-6)
     assert jnp.isnan(clipped["b"]).all(axis=0).sum() == 1 and not jnp.isnan(clipped["a"]).any()
