@@ -81,15 +81,18 @@ def _scalars(vector: jax.Array) -> list[jax.Array]:
 
 def packing_of(arrays: Sequence[jax.Array], owners: Sequence[Hashable] | None = None) -> Packing:
     """Scalars with one owner that vary over the same mesh axes go together."""
-    groups: dict = {}
-    for i, (array, owner) in enumerate(zip(arrays, owners or [None] * len(arrays))):
-        groups.setdefault(i if array.ndim else (owner, varying(array)), []).append(i)
-    return Packing(tuple(map(tuple, groups.values())), tuple(a.dtype for a in arrays))
+    owners = owners or [None] * len(arrays)
+    return _packing(arrays, [i if a.ndim else (owners[i], varying(a)) for i, a in enumerate(arrays)])
 
 
 def packing_alike(arrays: Sequence[jax.Array]) -> Packing:
     """Arrays of one type go together: of one shape, dtype and, on meshes with explicit axes, sharding."""
+    return _packing(arrays, list(map(jax.typeof, arrays)))
+
+
+def _packing(arrays: Sequence[jax.Array], keys: Sequence[Hashable]) -> Packing:
+    """Arrays with equal keys go together."""
     groups: dict = {}
-    for i, array in enumerate(arrays):
-        groups.setdefault(jax.typeof(array), []).append(i)
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
     return Packing(tuple(map(tuple, groups.values())), tuple(a.dtype for a in arrays))
