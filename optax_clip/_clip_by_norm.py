@@ -271,6 +271,7 @@ def _scale_and_factor(
 ) -> tuple[jax.Array, jax.Array]:
     """The scale of a block, to report, and what to multiply by: the scale; or, negative, the root of one that may leave
     the range of f32, to multiply by twice."""
+    ones = jnp.ones_like(norm)  # outside of jit, a choice between two numbers is not spread as its condition is
     off = threshold == jnp.inf
     valid = jnp.isfinite(norm) & ~jnp.isnan(threshold)
     live = valid & (norm > 0) & ~off
@@ -285,17 +286,17 @@ def _scale_and_factor(
             )
         return jnp.where(answer < 0, 0.0, answer)
 
-    scale = jnp.where(live, response_to(n), jnp.where(valid | off, 1.0, jnp.nan)).astype(norm.dtype)
+    scale = jnp.where(live, response_to(n), jnp.where(valid | off, ones, jnp.nan)).astype(norm.dtype)
     # A scale below the smallest normal f32 would be flushed to 0, one above the largest is inf: there, the norm is
     # measured in units of 2^96 or 2^-96.
     far = (scale < 2.0**-100) & (n * 2.0**-96 > t * 2.0**24) & (t > 0)
     near = (scale > 2.0**100) & (t * 2.0**-96 > n * 2.0**24)
-    half = jnp.where(far, 2.0**-48, jnp.where(near, 2.0**48, 1.0)).astype(norm.dtype)
+    half = jnp.where(far, 2.0**-48, jnp.where(near, 2.0**48, ones)).astype(norm.dtype)
     root_of_scale = root(jnp.where(far | near, response_to(n * half * half), 1.0), 1 / half)
     factor = jnp.where(far | near, -root_of_scale, jnp.where((norm == 0) & (threshold == 0), 0.0, scale))
     # XLA's CPU backend computes what precedes a division once for a unit, and what precedes cheaper operations anew for
     # every entry. The divisor is 1, since norms are not negative, but it does not know that.
-    one = jnp.where(norm < 0, 2.0, 1.0).astype(norm.dtype)
+    one = jnp.where(norm < 0, 2.0, ones).astype(norm.dtype)
     return scale, factor.astype(norm.dtype) / one
 
 

@@ -95,8 +95,7 @@ def _pushed(state: Any, norm: jax.Array) -> Any:
 
 def _shifted(x: jax.Array, edge: float, by: int = 1) -> jax.Array:
     """Entry i is that of place i + by, `edge` outside."""
-    edge_array = jnp.full([1], edge, x.dtype)
-    return jnp.concatenate([x[1:], edge_array] if by > 0 else [edge_array, x[:-1]])
+    return jax.lax.pad(x, jnp.asarray(edge, x.dtype), [(-by, by, 0)])
 
 
 class SigmaWindowState(NamedTuple):

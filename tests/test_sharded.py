@@ -134,3 +134,17 @@ def test_adaptive_clips_are_one_device(kind, name, layout, norm):
     chex.assert_trees_all_close((jax.tree.leaves(state), steps), (jax.tree.leaves(expected), expected_steps), rtol=2e-6)
     assert (jnp.diff(steps[1]["clip/clip_rate"]) > 0).any()
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_explicit_axes_without_a_mesh_in_context(name, count):
+    """The mesh that arrays carry is enough, outside of jit too: norms of units are spread as their leaves are."""
+    tx, updates = ADAPTIVE[name](oc.unit_norm), {"w": jnp.arange(48.0).reshape(6, 8)}
+    step = lambda updates: tx.update(updates, tx.init(updates))
+    placement = NamedSharding(trees.mesh(AxisType.Explicit, model=count), P(None, "model"))
+    placed = jax.device_put(updates, placement)
+    expected = step(updates)
+    for clipped, state in (step(placed), jax.jit(step)(placed)):
+        chex.assert_trees_all_close((clipped, state), expected, rtol=1e-6)
+        assert clipped["w"].sharding.is_equivalent_to(placement, 2)
