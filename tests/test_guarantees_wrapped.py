@@ -32,6 +32,7 @@ import optax_clip as oc
 
 ORDINARY = {"lowest": -6.0, "highest": 0.5, "decades": 4.0, "extremes": False}
 NORMS = {"global": oc.global_norm, "leaf": oc.leaf_norm, "unit": oc.unit_norm}
+MOST_STEPS = 9  # eight, and a NaN
 ADAPTIVE = {
     "autoclip": lambda norm: oc.autoclip(50.0, 4, norm=norm),
     "zclip": lambda norm: oc.zclip(1.0, 0.9, 3, norm=norm),
@@ -43,21 +44,30 @@ ADAPTIVE = {
 
 @functools.cache
 def of_history(name, scope):
-    """A clip with a history, and its compiled step."""
+    """A clip with a history, and a compiled run over updates that have a leading axis of steps."""
     tx = ADAPTIVE[name](NORMS[scope])
-    return tx, jax.jit(tx.update)
+
+    def steps(state, updates):
+        clipped, state = tx.update(updates, state)
+        return state, (clipped, state)
+
+    def run(updates):
+        return jax.lax.scan(steps, tx.init(jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)), updates)[1]
+
+    return tx, jax.jit(run)
 
 
 def run(name, scope, updates, sizes):
-    """Clipped updates and states of one step after the other, in which the updates have these sizes."""
-    tx, update = of_history(name, scope)
+    """Updates, clipped updates and states of one step after the other, in which the updates have these sizes."""
+    padded = [*sizes, *[1.0] * (MOST_STEPS - len(sizes))]  # so that one program serves all
+
+    def sized(x):
+        return np.stack([(x * x.real.dtype.type(size)).astype(x.dtype) for size in padded])
+
     with precision_of(updates), np.errstate(invalid="ignore"):  # inf and NaN in dtypes that have none
-        state, out = tx.init(jax.tree.map(np.zeros_like, updates)), []
-        for size in sizes:
-            sized = jax.tree.map(lambda x, size=size: (x * x.real.dtype.type(size)).astype(x.dtype), updates)
-            clipped, state = update(sized, state)
-            out.append((sized, *jax.device_get((clipped, state))))
-    return out
+        updates = jax.tree.map(sized, updates)
+        out = updates, *jax.device_get(of_history(name, scope)[1](updates))
+    return [jax.tree.map(lambda x, i=i: x[i], out) for i in range(len(sizes))]
 
 
 any_adaptive = st.sampled_from([*ADAPTIVE])
