@@ -103,7 +103,7 @@ def test_units_alike(as_on, kind, monkeypatch):
             patched.setattr(jax, "device_count", lambda count=count: count)
             assert together(0) == (as_on == "cuda" and count == 1)
     clipped, state = jax.jit(step)(*on(1))
-    for expected in step(*on(1)), step(*on(0)):
+    for expected in step(*on(1)), jax.jit(step)(*on(0)):
         chex.assert_trees_all_close((clipped, state), expected, rtol=1e-6)
     assert jnp.isnan(clipped["b"]).all(axis=0).sum() == 1 and not jnp.isnan(clipped["a"]).any()
 
