@@ -191,7 +191,7 @@ def test_pickles_are_never_run(tmp_path, capsys):
 
 
 def test_files_that_are_too_large(tmp_path, capsys, monkeypatch):
-    """More bytes or norms than the limits are refused, with the numbers."""
+    """More bytes or norms than the limits are refused, with the numbers, and no line after them is read."""
     path = tmp_path / "a.csv"
     with path.open("wb") as file:
         file.truncate(command.MOST_BYTES + 1)
@@ -199,7 +199,8 @@ def test_files_that_are_too_large(tmp_path, capsys, monkeypatch):
     assert command.MOST_NORMS == 10_000_000
     monkeypatch.setattr(command, "MOST_NORMS", 1000)
     endless = np.ones(1001)
-    for name, content in (("b.csv", "1\n" * 1001), ("b.jsonl", as_json(endless)), ("b.npy", endless)):
+    unread = "\nno norm"  # would be refused, were it reached
+    for name, content in (("b.csv", "1\n" * 1001 + unread), ("b.jsonl", as_json(endless) + unread), ("b.npy", endless)):
         assert "at most 1,000 norms are read" in refused(capsys, write(tmp_path, name, content))
     assert command.read(write(tmp_path, "c.npy", endless[1:])).size == 1000
 

@@ -97,6 +97,17 @@ def test_axes_are_labelled_and_share_their_limits():
     assert all(ax.get_legend() is None for ax in axes[1:])
 
 
+def test_legend_names_what_is_drawn():
+    """A name of the legend stands beside the look of its line, also where a kind of line has nothing to show."""
+    (ax,) = draw([1.0, 2.0, NAN], {"fixed": oc.clip_by_global_norm(3.0)})  # nothing is clipped
+    drawn, legend = lines(ax), ax.get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["norm", "threshold", "not finite"]
+    for name, shown in zip(names, legend.get_lines(), strict=True):
+        for look in ("color", "linestyle", "marker"):
+            assert plt.getp(shown, look) == plt.getp(drawn[name], look)
+
+
 @pytest.mark.parametrize(
     ("bound", "title"), [(None, "0 % clipped"), (2.5, "50 % clipped"), (3.5, "25 % clipped"), (0.0, "100 % clipped")]
 )
