@@ -122,6 +122,7 @@ def test_updates_keep_dtypes_whatever_the_dtype_of_the_threshold(case, threshold
 STATES = {  # what each is made of, behind the step, norm, threshold, scale and clip rate of a norm clip
     "clip_by_global_norm": (lambda: oc.clip_by_global_norm(1.0), True, ""),
     "schedule": (lambda: oc.clip_by_global_norm(schedule), True, "i"),
+    "threshold of Optax": (lambda: oc.clip_by_global_norm(optax.trace(0.9)), True, "f"),
     "clip_by_sigma": (lambda: oc.clip_by_sigma(window=4), True, "fii"),
     "autoclip": (lambda: oc.autoclip(window=4), True, "ffii"),
     "zclip": (oc.zclip, True, "iff"),

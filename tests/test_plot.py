@@ -322,6 +322,7 @@ def test_responses_are_drawn_as_they_are():
     np.testing.assert_allclose(at["smooth"], [0.01 / 1.01, 0.5, 100 / 101], rtol=1e-3)
     np.testing.assert_allclose(at["tanh"], [0.01, np.tanh(1), 1], rtol=1e-3)
     assert (ax.get_xscale(), ax.get_yscale(), *ax.get_xlim()) == ("log", "log", 0.01, 100)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == tuple(f"norm {when}, over threshold" for when in ("before", "after"))
     assert len({line.get_linestyle() for line in ax.get_lines()}) == 4  # told apart in black and white
     assert {to_hex(line.get_color()) for line in ax.get_lines()} <= {color.lower() for color in OKABE_ITO}
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn)
