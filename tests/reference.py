@@ -3,8 +3,6 @@
 Trees are flat dicts of arrays. `c` is a threshold > 0, `n` a norm, `p` the order of a norm.
 """
 
-import functools
-
 import numpy as np
 
 
@@ -27,31 +25,32 @@ def p_norm(x, p=2, axes=None):
     return np.sum(x**p, axis=axes, keepdims=keep) ** (1 / p)
 
 
-# Responses: the factor of a block with norm n > 0
+# Responses: the norm after, of a block with norm n
 
 
 def shrink(n, c):
-    return np.minimum(1.0, c / n)
+    return np.minimum(n, c)
 
 
 def normalize(n, c):
-    return c / n
+    return c + 0.0 * n
 
 
 def smooth(n, c):
-    return c / (c + n)
+    return n * c / (n + c)
 
 
 def tanh(n, c):
-    return (c / n) * np.tanh(n / c)
+    return c * np.tanh(n / c)
 
 
 def scaled(x, n, c, response=shrink):
-    """g · response(n, c); zero stays zero."""
-    return wide(x) * np.where(n == 0, 1.0, response(np.where(n == 0, 1.0, n), c))
+    """g · response(n, c) / n. Zero stays zero."""
+    some = np.where(n == 0, 1.0, n)
+    return wide(x) * np.where(n == 0, 1.0, response(some, c) / some)
 
 
-# Rules
+# Fixed clips
 
 
 def value(grads, low, high):
@@ -60,7 +59,7 @@ def value(grads, low, high):
 
 
 def magnitude(grads, low, high):
-    """sign(g) · min(max(|g|, low), high), entry by entry; zero stays zero."""
+    """sign(g) · min(max(|g|, low), high), entry by entry. Zero stays zero."""
     return {name: np.sign(wide(g)) * np.clip(np.abs(wide(g)), low, high) for name, g in grads.items()}
 
 
@@ -83,7 +82,7 @@ def axes_by_rank(shape):
 
 
 def unit_norm(grads, c, p=2, axes=axes_by_rank, response=shrink):
-    """g · min(1, c/n), n over each unit; `axes` goes from the shape of a leaf to the axes of its units."""
+    """g · min(1, c/n), n over each unit. `axes` maps the shape of a leaf to the axes of its units."""
     return {name: scaled(g, p_norm(g, p, axes(np.shape(g))), c, response) for name, g in grads.items()}
 
 
@@ -98,14 +97,14 @@ def block_rms(grads, c, axes=lambda shape: None):
 
 
 def group_norm(grads, cs, labels, p=2):
-    """g · min(1, c/n), n over all leaves with the same label, c that of the label; no label, no change."""
+    """g · min(1, c/n), n over all leaves with the same label, c the bound of the label. Without a label: no change."""
     groups = {label: {name: g for name, g in grads.items() if labels[name] == label} for label in cs}
     clipped = [global_norm(group, cs[label], p) for label, group in groups.items() if group]
     return {name: next((tree[name] for tree in clipped if name in tree), wide(g)) for name, g in grads.items()}
 
 
 def norm_range(grads, low, high):
-    """n > high: scaled to high; 0 < n < low: scaled up to low; zero stays zero."""
+    """n > high: scaled to high; 0 < n < low: scaled up to low. Zero stays zero."""
     n = p_norm(flat(grads))
     return {name: wide(g) if n == 0 else wide(g) / n * min(max(n, low), high) for name, g in grads.items()}
 
@@ -120,55 +119,26 @@ def adaptive(grads, weights, clipping, eps=1e-3, axes=axes_by_rank):
     return out
 
 
-# Blocks of the clips in the table
+def weight_norm(weights, updates, c, p=2, axes=axes_by_rank):
+    """The weights after the step, each unit scaled so that its norm is at most c."""
+    return unit_norm({name: wide(w) + wide(updates[name]) for name, w in weights.items()}, c, p, axes)
 
 
-def block_numbers(case, grads):
-    """A number for each entry, the same where entries share a norm."""
-    numbers = {}
-    for place, (name, g) in enumerate(sorted(grads.items())):
-        shape = np.shape(g)
-        axes = {"entry": (), "unit": axes_by_rank(shape)}.get(case.scope, tuple(range(len(shape))))
-        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
-        first = {"global": 0, "group": place % 2}.get(case.scope, 1000 * place)
-        numbers[name] = np.broadcast_to(first + np.arange(np.prod(kept, dtype=int)).reshape(kept), shape)
-    return numbers
+class ErrorFeedback:
+    """u = clip(g + d), then d = g + d - u, entry by entry, for any clip of a tree."""
+
+    def __init__(self, clip):
+        self.clip, self.carried = clip, None
+
+    def __call__(self, grads):
+        carried = self.carried or dict.fromkeys(grads, 0.0)
+        wanted = {name: wide(g) + carried[name] for name, g in grads.items()}
+        updates = self.clip(wanted)
+        self.carried = {name: wanted[name] - updates[name] for name in grads}
+        return updates
 
 
-def block_vectors(case, grads):
-    """The entries of each block as one vector, by number."""
-    numbers = block_numbers(case, grads)
-    entries, of_entry = flat(grads), np.concatenate([np.ravel(numbers[name]) for name in grads])
-    return {number: entries[of_entry == number] for number in set(of_entry)}
-
-
-def spread(values, numbers):
-    """The value of each block, by number, at each entry."""
-    return np.vectorize(values.get, otypes=[float])(numbers)
-
-
-def block_norms(case, grads):
-    """The norm of each block, by number."""
-    p = getattr(case.measure, "keywords", {}).get("ord", 2)
-    norm = rms if case.name == "clip_by_block_rms" else functools.partial(p_norm, p=p)
-    return {number: float(norm(x)) for number, x in block_vectors(case, grads).items()}
-
-
-def total_norm(case, grads):
-    """What a state reports: the root of the sum of the squares of the norms."""
-    return np.sqrt(sum(n**2 for n in block_norms(case, grads).values()))
-
-
-def clipped(case, grads, c):
-    """What a norm clip of the table makes of the gradients."""
-    response = {"normalize": normalize, "smooth": smooth, "tanh": tanh}.get(case.name, shrink)
-    norms = block_norms(case, grads)
-    factors = {number: 1.0 if n == 0 else response(n, c) for number, n in norms.items()}
-    numbers = block_numbers(case, grads)
-    return {name: wide(g) * spread(factors, numbers[name]) for name, g in grads.items()}
-
-
-# Rules from the norms of earlier steps: of one block, one norm at a time
+# Rules with a history: of one block, one norm at a time
 
 
 class Autoclip:

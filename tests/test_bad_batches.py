@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+pytestmark = pytest.mark.full
+
 STEPS, SEEDS, RATE = 21, 2, 0.2
 
 

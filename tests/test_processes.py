@@ -13,6 +13,8 @@ import jax
 import process
 import pytest
 
+pytestmark = pytest.mark.full
+
 ROOT = pathlib.Path(__file__).parents[1]
 SECONDS = 120
 

@@ -1,41 +1,50 @@
-"""Sample trees of updates, the one tolerance rule of the tests, and where programs can be read."""
+"""What all tests share: a compiled step, three small trees of updates, the one tolerance rule, and meshes."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import AxisType
 
-on_a_cpu_that_fuses = pytest.mark.skipif(
-    jax.default_backend() != "cpu" or jax.__version_info__ < (0, 10, 2),
-    reason="reads programs of XLA's CPU backend, which before jax 0.10.2 writes out the squares of any sum of squares",
-)
+
+@functools.lru_cache(maxsize=128)
+def _compiled(tx):
+    return jax.jit(tx.init), jax.jit(optax.with_extra_args_support(tx).update)
 
 
-def mesh(kind=AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
-    """A mesh with these axes and their sizes, on virtual CPU devices where the accelerators are too few."""
-    count = math.prod(axes.values())
-    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes), devices=devices[:count])
+def step(tx, updates, state=None, params=None, **extra):
+    """New updates and state of one compiled step. It starts from `tx.init` where no state is given.
+
+    A transformation is compiled once for each structure of its arguments, so pass the same object again.
+    """
+    init, update = _compiled(tx)
+    if state is None:
+        state = init(updates if params is None else params)
+    return update(updates, state, params, **extra)
 
 
-SHAPES = {"bias": (5,), "conv": (2, 2, 3, 4), "dense": (6, 5), "heads": (4, 2, 3), "scale": ()}
-
-
-def sample(seed: int = 0, scale: float = 1.0, dtype=jnp.float32, shapes: dict = SHAPES) -> dict:
-    """Leaves of one dtype; of rank 0 to 4."""
+def small(seed: int = 0, scale: float = 1.0, dtype=jnp.float32) -> dict:
+    """A matrix, a vector and a scalar of one dtype, from a normal distribution of this standard deviation."""
     random = np.random.default_rng(seed)
+    shapes = {"bias": (3,), "dense": (4, 3), "scale": ()}
     return {name: jnp.asarray(scale * random.normal(size=shape), dtype) for name, shape in shapes.items()}
 
 
 def mixed(seed: int = 0) -> dict:
-    """Leaves of several floating dtypes."""
-    dtypes = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float32]
-    tree = sample(seed)
-    return {name: leaf.astype(dtype) for (name, leaf), dtype in zip(tree.items(), dtypes)}
+    """Leaves of several floating dtypes, of rank 0 to 4, under the keys of `small`, so that prefix trees fit both."""
+    random = np.random.default_rng(seed)
+    return {
+        "bias": jnp.asarray(random.normal(size=5), jnp.float16),
+        "dense": (
+            jnp.asarray(random.normal(size=(2, 2, 3, 4)), jnp.bfloat16),
+            jnp.asarray(random.normal(size=(6, 5)), jnp.float32),
+            jnp.asarray(random.normal(size=(4, 2, 3)), jnp.float8_e4m3fn),
+        ),
+        "scale": jnp.asarray(random.normal(), jnp.float32),
+    }
 
 
 def odd() -> dict:
@@ -64,3 +73,10 @@ def norm64(tree) -> float:
     """The Euclidean norm of all floating and complex leaves, in float64."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return float(np.sqrt(sum(np.sum(np.abs(np.asarray(x).astype(np.complex128)) ** 2) for x in leaves)))
+
+
+def mesh(kind=AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
+    """A mesh with these axes and their sizes, on virtual CPU devices where the accelerators are too few."""
+    count = math.prod(axes.values())
+    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes), devices=devices[:count])

@@ -1,0 +1,84 @@
+"""Thresholds that are a percentile of the norms."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_clip._engine import checks
+from optax_clip._engine.numbers import cast
+from optax_clip._engine.rules import rule_of
+from optax_clip.thresholds.windows import pushed
+
+
+class QuantileState(NamedTuple):
+    """The window of `quantile`, for one block."""
+
+    ring: jax.Array  # as the norm, [window]: the last norms, the next one goes to `place`; 0 where none was
+    ascending: jax.Array  # as the norm, [window]: the same numbers in ascending order
+    place: jax.Array  # i32[]: below window
+    filled: jax.Array  # i32[]: norms in the window
+
+
+def quantile(percentile: Any = 10.0, window: int = 1024) -> optax.GradientTransformationExtraArgs:
+    """A percentile of the last norms, the present one included.
+
+    threshold = percentile p of {norm_(t - window + 1), ..., norm_t}, interpolated linearly
+
+    Args:
+      percentile: p, in [0, 100], a number or traced scalar.
+      window: norms to remember, an int >= 1: a shape, so under `optax.inject_hyperparams` a `static_args`.
+
+    Returns:
+      A rule with the state `QuantileState`, 8 · window + 8 bytes for each block.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: an argument is of the wrong kind.
+
+    Example:
+      >>> tx = clip_by_norm(global_norm, thresholds.quantile(50.0, window=3))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for gradient in (4.0, 2.0, 6.0, 8.0):
+      ...     updates, state = tx.update(jnp.array([gradient]), state)
+      ...     print(updates, state.threshold)
+      [4.] 4.0
+      [2.] 3.0
+      [4.] 4.0
+      [6.] 6.0
+
+    References:
+      Seetharaman, Wichern, Pardo, Le Roux, 2020, arXiv 2007.14469: `autoclip` is this rule on `global_norm`.
+    """
+    checks.scalar(percentile, "percentile", 0.0, 100.0)
+    window = checks.static(window, "window", 1, integer=True)
+
+    def init(norm):
+        zeros, zero = jnp.zeros(window, norm.dtype), jnp.zeros_like(norm, jnp.int32)
+        return QuantileState(zeros, zeros, zero, zero)
+
+    def update(norm, state, _=None, /, **__):
+        places = jnp.arange(window, dtype=jnp.int32)
+        at = lambda array, place: jnp.sum(jnp.where(places == place, array, 0.0))  # under vmap an index is a gather
+        # Zeros stand for norms that are still missing: they are the smallest, and leave first.
+        oldest = at(state.ring, state.place)
+        rest = jnp.where(
+            places < jnp.sum(state.ascending < oldest, dtype=jnp.int32),
+            state.ascending,
+            _shifted(state.ascending, jnp.inf),
+        )
+        ascending = jnp.maximum(_shifted(rest, 0.0, by=-1), jnp.minimum(rest, norm))
+        state = pushed(state._replace(ascending=ascending), norm)
+        exact = (state.filled - 1).astype(norm.dtype) * cast(percentile, norm.dtype) / 100
+        below = jnp.clip(jnp.floor(exact).astype(jnp.int32), 0, state.filled - 1)
+        first = window - state.filled
+        low, high = at(ascending, first + below), at(ascending, first + jnp.minimum(below + 1, state.filled - 1))
+        return low + (exact - below.astype(norm.dtype)) * (high - low), state
+
+    return rule_of(init, update)
+
+
+def _shifted(x: jax.Array, edge: float, by: int = 1) -> jax.Array:
+    """Entry i is that of place i + by, `edge` outside."""
+    return jax.lax.pad(x, jnp.asarray(edge, x.dtype), [(-by, by, 0)])

@@ -1,0 +1,81 @@
+"""What the clips in an optimizer state measured."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from optax_clip.clips.norms import ClipState
+from optax_clip.wrappers.skip import SkipState
+
+
+def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
+    """Reads what norm clips measured in their last step, wherever they sit in an optimizer's state.
+
+    Works on states of `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams` and any other tree,
+    inside jit and scan. It reads numbers that the step computed anyway.
+
+    Args:
+      opt_state: an optimizer state that holds at least one `ClipState` or `SkipState`.
+      prefix: what stands before all names. `"generator"` makes `generator/clip/norm` of `clip/norm`.
+
+    Returns:
+      Scalars by name, f32[] unless said otherwise. Of the first clip:
+
+      - `clip/norm`: the norm *before* clipping, so it may exceed the threshold. Over several blocks it is the root of
+        the sum of their squares.
+      - `clip/threshold`: the mean over the blocks that have one.
+      - `clip/scale`: the mean over blocks of the norm after, over the norm before.
+      - `clip/clipped`: the share of blocks above their threshold in this step.
+      - `clip/clip_rate`: the mean of that share over all steps.
+
+      A clip of units (`clip_by_unit_norm`, `adaptive_grad_clip`) has no threshold and no scale where a leaf has several
+      units. The first clip is the first in the state. A clip that is added after it, or a wrapper around it, does not
+      rename it; a clip that is added before it takes its names. The names of further clips hold the path of their
+      state, `clip/1/norm`, and may change with it. `skip_spikes` adds `skip/norm`, `skip/threshold`, `skip/total` and
+      `skip/consecutive`, the last two i32[].
+
+    Raises:
+      ValueError: nothing in the state measures.
+
+    Example:
+      >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> grads = jnp.array([3.0, 4.0])
+      >>> _, state = optimizer.update(grads, optimizer.init(grads))
+      >>> {name: round(float(value), 3) for name, value in clip_metrics(state).items()}
+      {'clip/norm': 5.0, 'clip/threshold': 1.0, 'clip/scale': 0.2, 'clip/clipped': 1.0, 'clip/clip_rate': 1.0}
+    """
+    metrics = {}
+    for path, kind, values in _measured(opt_state):
+        spellings = "", jax.tree_util.keystr(path, simple=True, separator="/"), jax.tree_util.keystr(path)
+        named = ({"/".join(filter(None, (prefix, kind, where, x))): values[x] for x in values} for where in spellings)
+        # The first clip has no path. Of two paths that are spelled alike, the second is written as in Python.
+        named = next(each for each in named if metrics.keys().isdisjoint(each))
+        metrics |= {name: _array(value) for name, value in named.items() if value is not None}
+    if not metrics:
+        raise ValueError(
+            f"opt_state must hold a ClipState or a SkipState, got a {type(opt_state).__name__} that holds none. Pass "
+            "that of an optimizer with a norm clip or skip_spikes. clip_by_global_norm(None) measures without clipping."
+        )
+    return metrics
+
+
+def _measured(tree: Any, above: tuple = ()) -> Iterator[tuple[tuple, str, dict[str, Any]]]:
+    """Path, kind and numbers of each state that measures, in the order of the tree."""
+    is_state = lambda x: isinstance(x, (ClipState, SkipState))
+    for path, state in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state):
+        if isinstance(state, ClipState):
+            names = ("norm", "threshold", "scale", "clipped", "clip_rate")
+            values = (state.norm, state.threshold, state.clip_scale, state.clipped, state.clip_rate)
+            yield (*above, *path), "clip", dict(zip(names, values))
+        elif isinstance(state, SkipState):
+            names = ("norm", "threshold", "total", "consecutive")
+            values = (state.measured.norm, state.measured.threshold, state.total_skipped, state.consecutive_skipped)
+            yield (*above, *path), "skip", dict(zip(names, values))
+            yield from _measured(state.inner_state, (*above, *path, jax.tree_util.GetAttrKey("inner_state")))
+
+
+def _array(value: Any) -> Any:
+    """What a variable holds now, as in the states of Flax NNX. It would change with the next step."""
+    convert = getattr(value, "__jax_array__", None)
+    return convert() if convert else value
