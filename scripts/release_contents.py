@@ -35,7 +35,14 @@ def check(folder):
     assert sorted(re.match(r"[\w-]+", line)[0] for line in required) == ["jax", "optax"], required
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert held >= MODULES | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "conftest.py"}
+    assert held >= MODULES | {
+        "LICENSE",
+        "README.md",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "pyproject.toml",
+        "conftest.py",
+    }
     assert not any(re.search(r"(^|/)(\.venv|dist|__pycache__|demo\.png)", name) for name in held)
     print(f"optax_clip {version}: {len(names)} files in {wheel.stat().st_size} bytes")
 
