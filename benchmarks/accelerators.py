@@ -1,9 +1,8 @@
 """What the compilers for TPU v5e and H100 make of a whole AdamW step with a clip; no such device is needed.
 
-Prints, relative to the bare step: the memory that the kernels of an ordinary step read and write (GPU), their estimated
-cycles (TPU), the number of kernels, scratch, seconds of compile time, and the collectives of the step with the number
-of entries that each carries. The second read of the gradients that overflow asks for stands in a branch that ordinary
-steps do not take: it is left out, and its collectives are listed apart.
+Prints, relative to the bare step: the memory that the kernels of a step read and write (GPU) and their estimated cycles
+(TPU); and the number of kernels, scratch, seconds of tracing and compiling, and the collectives of the step with the
+number of entries that each carries. The last column has cycles and kernels relative to Optax's same clip.
 
     pip install optax_clip[aot]
     python benchmarks/accelerators.py h100 v5e "v5e x 256, fsdp"
@@ -17,7 +16,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -30,8 +28,9 @@ import trees
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from optimizers import OPTIMIZERS
+from optimizers import COMPARED, NAMES, optimizer, with_compared
 
+MAIN = [name for name in NAMES if name in COMPARED]
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -43,18 +42,6 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 7 } runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-
-
-@functools.cache
-def h100(count: int) -> list:
-    """Devices to compile for."""
-    return topologies.get_topology_desc("h100", "cuda", target_config=H100, topology=f"1x1x{count}").devices
-
-
-@functools.cache
-def v5e(topology: str) -> list:
-    """Devices to compile for."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"v5e:{topology}").devices
 
 
 def replicated(path: str, rank: int) -> P:
@@ -75,43 +62,68 @@ def fsdp_and_tensor_parallel(path: str, rank: int) -> P:
 
 
 class Target(NamedTuple):
-    """Devices, the shape of the mesh, and how leaves are spread over it."""
+    """A topology to compile for, the shape of the mesh, and how leaves are spread over it."""
 
-    devices: tuple
+    topology: str
     mesh: dict
     spec: object
 
-    def sharding(self, path: str, rank: int) -> NamedSharding:
-        count = math.prod(self.mesh.values())
-        devices = np.array(self.devices[0](self.devices[1])[:count]).reshape(*self.mesh.values())
-        return NamedSharding(jax.sharding.Mesh(devices, tuple(self.mesh)), self.spec(path, rank))
-
 
 TARGETS = {
-    "h100": Target((h100, 1), {"data": 1}, replicated),
-    "h100 x 8, fsdp": Target((h100, 8), {"data": 8}, fsdp),
-    "h100 x 8, fsdp x tensor": Target((h100, 8), {"data": 4, "model": 2}, fsdp_and_tensor_parallel),
-    "v5e": Target((v5e, "2x2"), {"data": 1}, replicated),
-    "v5e x 256, fsdp": Target((v5e, "16x16"), {"data": 256}, fsdp),
-    "v5e x 256, fsdp x tensor": Target((v5e, "16x16"), {"data": 16, "model": 16}, fsdp_and_tensor_parallel),
+    "h100": Target("1x1x1", {"data": 1}, replicated),
+    "h100 x 8, fsdp": Target("1x1x8", {"data": 8}, fsdp),
+    "h100 x 8, fsdp x tensor": Target("1x1x8", {"data": 4, "model": 2}, fsdp_and_tensor_parallel),
+    "v5e": Target("v5e:2x2", {"data": 1}, replicated),
+    "v5e x 256, fsdp": Target("v5e:16x16", {"data": 256}, fsdp),
+    "v5e x 256, fsdp x tensor": Target("v5e:16x16", {"data": 16, "model": 16}, fsdp_and_tensor_parallel),
 }
 
 
+@functools.cache
+def devices(topology: str) -> list:
+    """Devices to compile for, which need not be here."""
+    if topology.startswith("v5e"):
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc("h100", "cuda", target_config=H100, topology=topology).devices
+
+
+def compiled(name: str, target: Target, shapes: dict):
+    """A step in place, for the devices of the target."""
+    count = math.prod(target.mesh.values())
+    grid = np.array(devices(target.topology)[:count]).reshape(*target.mesh.values())
+    mesh = jax.sharding.Mesh(grid, tuple(target.mesh))
+
+    def placed(path, x):
+        spec = target.spec(jax.tree_util.keystr(path), x.ndim)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    params = trees.structs(shapes)
+    tx = optimizer(name, params)
+    state = jax.eval_shape(tx.init, params)
+    params, state = (jax.tree_util.tree_map_with_path(placed, tree) for tree in (params, state))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
 class Report(NamedTuple):
-    """What an ordinary step does, on each device."""
+    """What a step does, on each device."""
 
     bytes: int  # read and written by kernels
     cycles: int  # estimated; TPU only
     kernels: int
     scratch: int  # bytes
     collectives: dict  # name: number of entries that each carries
-    rare_collectives: dict  # in branches that ordinary steps do not take
     seconds: float  # of tracing and compiling
 
 
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 # Operations that start nothing on the device, or finish what another started.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "conditional", "partition-id"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+FREE |= {"call", "conditional"}  # what they call is counted
 COLLECTIVE = re.compile(r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?$")
 
 
@@ -123,19 +135,6 @@ class Instruction(NamedTuple):
     operation: str
     operands: list
     attributes: str
-
-    @property
-    def ordinary_branch(self) -> str:
-        """The branch that a conditional takes where its predicate is false."""
-        (name,) = re.findall(r"(?:false_computation=|branch_computations=\{)%?([\w.-]+)", self.attributes)
-        return name
-
-    @property
-    def called(self) -> list[str]:
-        """Computations that run as a part of this one in an ordinary step."""
-        if self.operation == "conditional":
-            return [self.ordinary_branch]
-        return re.findall(r"(?:calls=|to_apply=|body=|condition=)%?([\w.-]+)", self.attributes)
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
@@ -149,9 +148,19 @@ def parse(text: str) -> dict[str, list[Instruction]]:
             name, shape, operation, rest = found.groups()
             depth = np.cumsum([(c == "(") - (c == ")") for c in "(" + rest])
             end = int(np.argmin(depth))
-            current.append(
-                Instruction(name, shape, operation, re.findall(r"%([\w.-]+)", rest[: end - 1]), rest[end - 1 :])
-            )
+            operands = re.findall(r"%([\w.-]+)", rest[: end - 1])
+            current.append(Instruction(name, shape, operation, operands, rest[end - 1 :]))
+    return out
+
+
+def run(program: dict, computation: str = "ENTRY") -> list[Instruction]:
+    """What a step runs: of a conditional (`optax.apply_if_finite` has one on TPU) the branch with the work in it."""
+    out = []
+    for instruction in program[computation]:
+        out.append(instruction)
+        if instruction.operation in ("call", "conditional"):
+            names = [name for name in re.findall(r"[\w.-]+", instruction.attributes) if name in program]
+            out += run(program, max(names, key=lambda name: len(program[name])))
     return out
 
 
@@ -161,95 +170,70 @@ def entries(shape: str) -> list[tuple[str, int]]:
     return [(kind, math.prod(int(n) for n in sizes.split(",") if n)) for kind, sizes in found if kind in BYTES]
 
 
-def ordinary(program: dict, name: str = "ENTRY", *, inside: bool = False) -> Iterator[Instruction]:
-    """What runs in an ordinary step; with `inside` also what kernels are made of."""
-    for instruction in program[name]:
-        yield instruction
-        if inside or instruction.operation in ("conditional", "call"):
-            for called in instruction.called:
-                yield from ordinary(program, called, inside=inside)
-
-
-def collectives(instructions: list[Instruction]) -> dict[str, list[int]]:
-    """The collectives among these, by name, with the number of entries of each."""
+def collectives(program: dict) -> dict[str, list[int]]:
+    """The collectives, by name, with the number of entries of each."""
     out: dict[str, list[int]] = collections.defaultdict(list)
-    for instruction in instructions:
+    for instruction in (i for computation in program.values() for i in computation):
         if found := COLLECTIVE.match(instruction.operation):
             sizes = sum(n for _, n in entries(instruction.shape))
             out[found[1]].append(sizes // 2 if found[2] and found[1] != "all-reduce" else sizes)
     return dict(out)
 
 
-def report(compiled, seconds: float) -> Report:
-    """Reads a compiled step."""
-    program = parse(compiled.as_text())
-    shapes = {i.name: i.shape for computation in program.values() for i in computation}
-    kernels = [i for i in ordinary(program) if i.operation not in FREE and not i.operation.endswith("-done")]
-    size = {name: sum(n * BYTES[kind] for kind, n in entries(shape)) for name, shape in shapes.items()}
+def measure(name: str, target: Target, shapes: dict) -> Report:
+    """Compiles and reads a step."""
+    start = time.perf_counter()
+    executable = compiled(name, target, shapes)
+    seconds = time.perf_counter() - start
+    program = parse(executable.as_text())
+    instructions = run(program)
+    kernels = [i for i in instructions if i.operation not in FREE and not i.operation.endswith("-done")]
+    size = {i.name: sum(n * BYTES[kind] for kind, n in entries(i.shape)) for i in instructions}
     cycles = [re.search(r'"estimated_cycles":"(\d+)"', i.attributes) for i in kernels]
-    often = list(ordinary(program, inside=True))
-    names = {i.name for i in often}
-    rare = [i for computation in program.values() for i in computation if i.name not in names]
     return Report(
         bytes=sum(size[i.name] + sum(size[name] for name in dict.fromkeys(i.operands)) for i in kernels),
         cycles=sum(int(found[1]) for found in cycles if found),
         kernels=sum(i.operation in ("fusion", "custom-call", "reduce", "copy") for i in kernels),
-        scratch=compiled.memory_analysis().temp_size_in_bytes,
-        collectives=collectives(often),
-        rare_collectives=collectives(rare),
+        scratch=executable.memory_analysis().temp_size_in_bytes,
+        collectives=collectives(program),
         seconds=seconds,
     )
 
 
-def compiled(optimizer, target: Target, shapes: dict):
-    """A step in place, for the devices of the target."""
-
-    def step(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def placed(path, x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.sharding(jax.tree_util.keystr(path), x.ndim))
-
-    params = trees.structs(shapes)
-    params, state = (
-        jax.tree_util.tree_map_with_path(placed, tree) for tree in (params, jax.eval_shape(optimizer.init, params))
+def show(name: str, reports: dict[str, Report]) -> None:
+    """Prints a line."""
+    found, bare = reports[name], reports["bare"]
+    cycles = f"{found.cycles / bare.cycles:7.3f}" if bare.cycles else " " * 7
+    line = (
+        f"{name:28} {found.bytes / bare.bytes:7.3f} {cycles} {found.kernels:7} {found.scratch:9} {found.seconds:7.1f}s"
     )
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-
-
-def measure(optimizer, target: Target, shapes: dict) -> Report:
-    """Compiles and reads a step."""
-    start = time.perf_counter()
-    program = compiled(optimizer, target, shapes)
-    return report(program, time.perf_counter() - start)
+    if name in COMPARED:
+        other = reports[COMPARED[name]]
+        ratios = [f"kernels {found.kernels / other.kernels:.2f}"]
+        ratios += [f"cycles {found.cycles / other.cycles:.3f}"] if other.cycles else []
+        line += f"  {', '.join(ratios)} of {COMPARED[name]}"
+    print(line, found.collectives or "", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
-    parser.add_argument("--names", nargs="*", default=list(OPTIMIZERS), help="names from the table")
+    parser.add_argument("targets", nargs="*", default=["h100", "v5e"], help=", ".join(TARGETS))
+    parser.add_argument("--names", nargs="*", default=MAIN, help=f"of: {', '.join(NAMES)}", metavar="NAME")
     parser.add_argument("--layers", type=int, default=8, help="of the GPT-like tree")
     parser.add_argument("--json", action="store_true", help="one line a target and clip, for programs")
     arguments = parser.parse_args()
     shapes = trees.gpt(layers=arguments.layers)
-    for name in arguments.targets:
-        bare = None
+    for target in arguments.targets:
         if not arguments.json:
             heads = f"{'bytes':>7} {'cycles':>7} {'kernels':>7} {'scratch':>9} {'compile':>8}"
-            print(f"\n{name}\n{'':28} {heads}  collectives")
-        for clip in dict.fromkeys(["bare", *arguments.names]):
-            found = measure(OPTIMIZERS[clip], TARGETS[name], shapes)
-            bare = bare or found
+            print(f"\n{target}\n{'':28} {heads}  compared with, collectives")
+        reports: dict[str, Report] = {}
+        for name in with_compared(arguments.names):
+            reports[name] = measure(name, TARGETS[target], shapes)
             if arguments.json:
-                print(json.dumps([name, clip, found._asdict()]), flush=True)
-                continue
-            cycles = f"{found.cycles / bare.cycles:7.3f}" if bare.cycles else " " * 7
-            print(
-                f"{clip:28} {found.bytes / bare.bytes:7.3f} {cycles} {found.kernels:7} {found.scratch:9} "
-                f"{found.seconds:7.1f}s  {found.collectives} rarely {found.rare_collectives}",
-                flush=True,
-            )
+                print(json.dumps([target, name, reports[name]._asdict()]), flush=True)
+            else:
+                show(name, reports)
 
 
 if __name__ == "__main__":

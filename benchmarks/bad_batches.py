@@ -21,7 +21,7 @@ import optax
 from tqdm import tqdm
 
 import optax_clip
-from optax_clip import clip_by_global_norm, skip_spikes
+from optax_clip import clip_by_global_norm, skip_spikes, thresholds
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
 import demo
@@ -84,7 +84,7 @@ class Result(NamedTuple):
 def methods(bound):
     """All that are compared; `bound` is that of the fixed clip."""
     fixed = clip_by_global_norm(bound)
-    z_score, sigma_window = optax_clip.z_score(), optax_clip.sigma_window()
+    z_score, sigma_window = thresholds.z_score(), thresholds.sigma_window()
     return [
         Method("no clip", MEASURE),
         Method("fixed", fixed),
@@ -132,9 +132,10 @@ def trainer(method, data, skip_nan):
         key, params, state = carry
         loss, grads = jax.value_and_grad(demo.loss_of)(params, *batch_of(data, key, *number_and_kind))
         updates, state = optimizer.update(grads, state, params)
-        skipped = state.consecutive_skipped > 0 if skips else jnp.array(False)
+        metrics = optax_clip.clip_metrics(state)
+        skipped = metrics["skip/consecutive"] > 0 if skips else jnp.array(False)
         # In a skipped step the clip keeps the state of an earlier one.
-        clipped = ~skipped & (optax_clip.clip_metrics(state.inner_state if skips else state)["clip/scale"] < 1)
+        clipped = ~skipped & (metrics["clip/clipped"] > 0)
         seen = loss, optax_clip.global_norm(grads), clipped, skipped
         return (key, optax.apply_updates(params, updates), state), seen
 

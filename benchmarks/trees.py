@@ -1,11 +1,11 @@
-"""Trees of parameters to measure on."""
+"""Trees of parameters to measure on: dicts of shapes."""
 
 import jax
 import jax.numpy as jnp
 
 
 def gpt(layers: int = 8, width: int = 512, vocabulary: int = 8192, context: int = 256) -> dict:
-    """Shapes of a GPT-like model: 29.5 M parameters in 67 leaves."""
+    """A GPT-like model: 29.5 M parameters in 67 leaves."""
     block = {
         "ln1": {"scale": (width,), "bias": (width,)},
         "attention": {"qkv": (width, 3 * width), "out": (width, width)},
@@ -16,8 +16,13 @@ def gpt(layers: int = 8, width: int = 512, vocabulary: int = 8192, context: int 
     return {**ends, **{f"block{i}": block for i in range(layers)}}
 
 
+def gpt_wide() -> dict:
+    """A GPT-like model with large leaves, for accelerators: 1.5 G parameters in 99 leaves."""
+    return gpt(layers=12, width=3072, vocabulary=50304, context=2048)
+
+
 def resnet50() -> dict:
-    """Shapes of ResNet-50: 25.5 M parameters in 161 leaves."""
+    """ResNet-50: 25.5 M parameters in 161 leaves."""
     shapes = {"stem": (7, 7, 3, 64), "stem_scale": (64,), "stem_bias": (64,)}
     inputs = 64
     for stage, (blocks, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512))):
@@ -31,26 +36,21 @@ def resnet50() -> dict:
     return shapes | {"head": (2048, 1000), "head_bias": (1000,)}
 
 
-def small(leaves: int = 1000) -> dict:
-    """Shapes of many small leaves."""
-    return {f"leaf{i:04d}": (8, 8 + i % 9) for i in range(leaves)}
+def small(leaves: int = 400) -> dict:
+    """Many small leaves: after each vector two matrices."""
+    return {f"leaf{i:04d}": (8, 8 + i % 9) if i % 3 else (8 + i % 9,) for i in range(leaves)}
+
+
+TREES = {"gpt": gpt, "gpt_wide": gpt_wide, "resnet50": resnet50, "small": small}
+
+
+def structs(shapes: dict, dtype=jnp.float32) -> dict:
+    """Leaves of these shapes to compile with."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda s: isinstance(s, tuple))
 
 
 def random(shapes: dict, seed: int = 0, scale: float = 1e-2, dtype=jnp.float32) -> dict:
     """Normally distributed leaves of these shapes."""
-    flat, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    flat, treedef = jax.tree.flatten(structs(shapes, dtype))
     keys = jax.random.split(jax.random.key(seed), len(flat))
-    return treedef.unflatten([(scale * jax.random.normal(k, s)).astype(dtype) for k, s in zip(keys, flat)])
-
-
-def gpt_wide() -> dict:
-    """Shapes of a GPT-like model with few, large leaves, for accelerators: 1.5 G parameters in 99 leaves."""
-    return gpt(layers=12, width=3072, vocabulary=50304, context=2048)
-
-
-def structs(shapes: dict) -> dict:
-    """Leaves of these shapes to compile with, in f32."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
-
-
-TREES = {"gpt": gpt, "resnet50": resnet50, "small": small, "gpt_wide": gpt_wide}
+    return treedef.unflatten([(scale * jax.random.normal(k, x.shape)).astype(x.dtype) for k, x in zip(keys, flat)])
