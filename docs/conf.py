@@ -1,5 +1,6 @@
 """Settings of the documentation, which `scripts/docs` builds."""
 
+import inspect
 import pathlib
 import re
 import shutil
@@ -8,6 +9,7 @@ from docutils import nodes
 from sphinx import addnodes
 
 import optax_clip
+from optax_clip import plot, responses, thresholds
 
 DOCS = pathlib.Path(__file__).parent
 
@@ -40,7 +42,7 @@ html_theme_options = {"show_toc_level": 2, "show_navbar_depth": 1, "home_page_in
 
 html_show_sourcelink = False
 
-nb_execution_mode = "off"  # shown with the outputs that are kept; scripts/test runs them
+nb_execution_mode = "off"  # shown with the outputs that are kept; scripts/test --all runs them
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
@@ -51,6 +53,20 @@ nitpicky = True  # a name of ours that does not exist is a warning, which fails 
 nitpick_ignore_regex = [("py:.*", r"(?!optax_clip\.).*")]
 autodoc_typehints = "none"  # docstrings say types, shapes and dtypes
 autodoc_member_order = "bysource"
+
+
+PUBLIC = {
+    name: f"{module.__name__}.{name}"
+    for module in (plot, responses, thresholds, optax_clip)
+    for name in module.__all__
+    if not inspect.ismodule(getattr(module, name))
+}
+
+
+def _full_name(path):
+    """The full name of a public function or class whose name ends so: `z_score`, `thresholds.z_score`."""
+    full = PUBLIC.get(path.split(".")[-1], "")
+    return full if path and f".{full}".endswith(f".{path}") else None
 
 
 def _lines_of_formulas(app, what, name, obj, options, lines):
@@ -77,17 +93,29 @@ def _links_between_folders(app, docname, source):
     source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../docs/", "](../")
 
 
+def _links_of_included_pages(app, relative_path, parent_docname, content):
+    """The same for pages beside the README, whose names are lower case in docs/."""
+    content[0] = re.sub(r"\]\((ARCHITECTURE|CONTRIBUTING|CHANGELOG)\.md", lambda m: m[0].lower(), content[0])
+
+
+def _short_names(app, env, node, contnode):
+    """Finds a public name by its end, from a page of any module."""
+    target = _full_name(node.get("reftarget", ""))
+    if node.get("refdomain") != "py" or not target:
+        return None
+    return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
+
+
+AMBIGUOUS = {"clip", *plot.__all__}  # alone they may mean something else
+
+
 def _calls_are_links(app, doctree):
-    """Links calls such as `zclip()` to the API, in tables and text."""
+    """Links calls such as `zclip()` and `thresholds.z_score()` to the API, in tables and text."""
     for literal in list(doctree.findall(nodes.literal)):
-        name = re.match(r"\w*", literal.astext())[0]
-        is_call = literal.astext()[len(name) :].startswith("(") or name != "clip"  # `clip` alone may be any clip
-        if (
-            name in optax_clip.__all__
-            and is_call
-            and not isinstance(literal.parent, nodes.reference | addnodes.pending_xref)
-        ):
-            target = {"refdomain": "py", "reftype": "obj", "reftarget": f"optax_clip.{name}", "refwarn": True}
+        path = re.match(r"[\w.]*", literal.astext())[0]
+        is_call = literal.astext()[len(path) :].startswith("(") or path not in AMBIGUOUS
+        if _full_name(path) and is_call and not isinstance(literal.parent, nodes.reference | addnodes.pending_xref):
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": _full_name(path), "refwarn": True}
             link = addnodes.pending_xref("", refdoc=app.env.docname, refexplicit=True, **target)
             literal.replace_self(link)
             link += literal
@@ -98,3 +126,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", _returns_without_type, priority=100)
     app.connect("doctree-read", _calls_are_links)
     app.connect("source-read", _links_between_folders)
+    app.connect("include-read", _links_of_included_pages)
+    app.connect("missing-reference", _short_names)
