@@ -190,7 +190,7 @@ def test_names_with_slashes_lose_no_clip():
 def test_no_clip_is_an_error(tx):
     """A state in which nothing measures is an error that says what was looked for."""
     with pytest.raises(
-        ValueError, match=r"^opt_state must hold a ClipState or a SkipState, got a .* Pass the state of an"
+        ValueError, match=r"^opt_state must hold a ClipState or a SkipState, got a .* Pass that of an optimizer"
     ):
         oc.clip_metrics(tx.init(ZEROS))
 
