@@ -495,7 +495,8 @@ def test_extra_arguments_may_have_any_name_but_the_reserved_ones():
     """A caller's argument named norm or threshold is passed on beside what rules get."""
     for threshold in (1.0, thresholds.minimum(2.0, thresholds.z_score()), thresholds.quantile(50.0, 4)):
         tx = oc.clip_by_global_norm(threshold)
-        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), None, norm=3.0, rule=None, threshold=0)
+        updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), None, norm=3.0, rule=None, threshold=0)
+        chex.assert_tree_all_finite(updates)
 
 
 def test_equal_thresholds_of_the_leaves_of_a_block_agree():
@@ -522,3 +523,13 @@ def test_no_share_of_parameters_of_zero():
     tx = oc.clip_by_norm(oc.global_norm, thresholds.param_fraction(None, eps=0.0))
     x = jnp.array([3.0, 4.0])
     chex.assert_trees_all_equal(tx.update(x, tx.init(x), jnp.zeros(2))[0], x)
+
+
+@pytest.mark.parametrize("norm", [oc.global_norm, oc.leaf_norm], ids=lambda norm: norm.__name__)
+def test_a_second_init_compiles_nothing(norm, caplog):
+    """States of clips with a history are made without a program of their own."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    oc.zclip(norm=norm).init(params)
+    with jax.log_compiles(True):
+        oc.zclip(norm=norm).init(params)
+    assert not [record for record in caplog.records if "Compiling" in record.message]

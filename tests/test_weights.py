@@ -535,3 +535,11 @@ def test_rescaling_where_types_do_not_tell():
     chex.assert_trees_all_close(run("data"), jnp.arange(8.0) / 7, rtol=1e-6)
     with pytest.raises(ValueError, match="axis_name is missing"):
         run(None)
+
+
+def test_weights_clipped_inside_of_apply_if_finite():
+    """The dtype of the updates is kept, so that a wrapper with a branch takes bf16 weights."""
+    tx = optax.apply_if_finite(optax.chain(optax.sgd(1.0), clip_weights(1.0)), 3)
+    weights = jnp.full(3, 0.5, jnp.bfloat16)
+    updates, _ = jax.jit(tx.update)(jnp.full(3, -2.0, jnp.bfloat16), tx.init(weights), weights)
+    chex.assert_trees_all_equal(optax.apply_updates(weights, updates), jnp.ones(3, jnp.bfloat16))
