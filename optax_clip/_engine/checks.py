@@ -172,6 +172,7 @@ def state(value: Any, kind: type, fresh: Callable[[], Any] | None = None) -> Any
 
 
 def hashable(labels: Iterable) -> None:
+    """Raises unless all labels can be keys."""
     for label in labels:
         if not isinstance(label, Hashable):
             raise TypeError(f"labels must be hashable, got {show(label)}. Use strings; None leaves leaves alone.")

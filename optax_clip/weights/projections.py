@@ -76,7 +76,7 @@ def on_weights(init: Callable, project: Callable) -> optax.GradientTransformatio
     return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
-def weights_of(updates: Any, params: Any) -> list:
+def weights_of(updates: Any, params: Any) -> list[Any]:
     """The weight for each leaf of the updates."""
     return params_of(updates, params, "The weights are bounded as they will be after the update.")
 
