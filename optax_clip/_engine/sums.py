@@ -75,13 +75,11 @@ def _(ord, layout, primals, tangents):
     def slope(i, x_and_dx, axes):
         unit = units[i]
         x, dx = ([p.astype(unit.dtype) for p in real_parts(a)] for a in x_and_dx)
-        size = _magnitude(x_and_dx[0], unit.dtype)
         # |x|^(ord - 2) / norm^(ord - 1) times x · dx
-        if ord == 2.0:
-            weights = 1 / unit
-        elif ord == math.inf:
-            weights = jnp.where(size == unit, 1 / unit, 0.0)
-        else:
+        weights, size = 1 / unit, None if ord == 2.0 else _magnitude(x_and_dx[0], unit.dtype)
+        if ord == math.inf:
+            weights = jnp.where(size == unit, weights, 0.0)
+        elif size is not None:
             safe = jnp.where(size == 0, 1.0, size)
             weights = jnp.where((size == 0) | (unit == jnp.inf), 0.0, (size / unit) ** (ord - 1) / safe)
         slopes = [jnp.where(unit < jnp.inf, p * weights, 0.0) * dp for p, dp in zip(x, dx)]
