@@ -157,8 +157,11 @@ class Autoclip:
 class Zclip:
     """Spikes by their z score, against exponential averages that start from the mean and variance of warm-up.
 
-    Two things the paper leaves open: at least one norm is collected, and while all are 0 warm-up goes on.
+    Two things the paper leaves open: at least one norm is collected, and while all are 0 warm-up goes on. One thing
+    differs: the authors add 1e-6 to the deviation, here it is 1e-6 of the mean.
     """
+
+    floor = 1e-6
 
     def __init__(self, z_max=2.5, decay=0.97, warmup_steps=25, spike="rescale", factor=1.0):
         self.z_max, self.decay, self.warmup, self.spike, self.factor = z_max, decay, max(warmup_steps, 1), spike, factor
@@ -173,12 +176,13 @@ class Zclip:
                 self.mean, self.variance = np.mean(self.collected), np.var(self.collected)
             return np.inf
         deviation = np.sqrt(self.variance)
-        z = (n - self.mean) / (deviation + 1e-6)
+        least = deviation + self.floor * abs(self.mean)
+        z = (n - self.mean) / least
         limit = self.mean + self.z_max * deviation
         if self.spike == "limit":
             c = limit
         elif z <= self.z_max:
-            c = self.mean + self.z_max * (deviation + 1e-6)
+            c = self.mean + self.z_max * least
         elif self.spike == "rescale":
             c = (self.mean + self.z_max * deviation * self.z_max / z) * self.factor
         else:
@@ -199,8 +203,8 @@ class ClipBySigma:
         if not np.isfinite(n):
             return np.nan
         c = np.inf
-        if len(self.norms) >= self.window / 2:
-            c = np.mean(self.norms) + self.sigmas * max(np.std(self.norms), 1e-6)
+        if len(self.norms) >= self.window / 2 and any(self.norms):
+            c = np.mean(self.norms) + self.sigmas * max(np.std(self.norms), 1e-6 * abs(np.mean(self.norms)))
         self.norms = [*self.norms, n][-self.window :]
         return c
 

@@ -484,13 +484,29 @@ def test_zclip_cuts_spikes_to_the_mean_or_the_limit(spike):
     assert out[5] == 1.0
 
 
-def test_z_scores_of_norms_near_its_epsilon():
-    """The deviation that divides is 1e-6 larger than that of the norms, as in the paper."""
-    norms = np.float32([1e-6, 3e-6, 1e-6, 3e-6, 2e-5])
-    mean, deviation = np.mean(norms[:4]), np.std(norms[:4])
-    z = (norms[4] - mean) / (deviation + 1e-6)
-    out = numbers_of(oc.zclip(z_max=2.0, warmup_steps=4), norms)
-    np.testing.assert_allclose(out[4], mean + 2 * deviation * 2 / z, rtol=1e-5)
+@pytest.mark.parametrize("make", [lambda: oc.zclip(2.0, warmup_steps=4), lambda: oc.clip_by_sigma(2.0, 4)])
+def test_spikes_of_small_norms_are_clipped_as_others(make):
+    """A spike of 100 times is clipped alike whatever the size of the norms."""
+    norms, tx = np.float32([1.0, 1.5, 0.8, 1.2, 100.0]), make()
+    expected = numbers_of(tx, norms)
+    assert expected[4] < 3
+    for scale in (1e-8, 1e-20, 1e20):
+        np.testing.assert_allclose(numbers_of(tx, norms * np.float32(scale)), np.multiply(expected, scale), rtol=1e-5)
+
+
+def test_zclip_has_the_numbers_of_its_authors_for_norms_around_1():
+    """The constant that is relative here changes norms after clipping by less than 1e-4."""
+
+    class Authors(reference.Zclip):
+        @property
+        def floor(self):
+            return 1e-6 / abs(self.mean)
+
+    norms = np.float32(np.exp(0.5 * np.random.default_rng(0).normal(size=300)))
+    norms[100::50] *= 30
+    rule = Authors(warmup_steps=10)
+    expected = [min(n, rule(n)) for n in norms.astype(np.float64)]
+    np.testing.assert_allclose(numbers_of(oc.zclip(warmup_steps=10), norms), expected, rtol=1e-4)
 
 
 def test_adagc_scales_all_leaves_together_in_warmup():

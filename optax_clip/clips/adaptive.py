@@ -140,7 +140,7 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: scales down the spikes, updates whose norm is far above the average of the norms, and nothing else.
 
-    z = (norm - mean) / (deviation + 1e-6);  z > z_max: updates ← updates · c / norm,
+    z = (norm - mean) / (deviation + 1e-6 · mean);  z > z_max: updates ← updates · c / norm,
     c = (mean + z_max · deviation · z_max / z) · factor  (spike = "rescale"),  mean  ("mean"),
     or mean + z_max · deviation, also for z ≤ z_max  ("limit")
 
@@ -180,7 +180,9 @@ def zclip(
 
     References:
       Kumar, Owen, Chowdhury, Güra, ZClip: adaptive spike mitigation for LLM pre-training, 2025, arXiv 2504.02507.
-      Numbers are those of the authors' package, which calls the decay `alpha` and "limit" its percentile mode.
+      Numbers are those of the authors' package, which calls the decay `alpha` and "limit" its percentile mode. It adds
+      1e-6 to the deviation whatever the size of the norms, so that norms of 1e-8 may grow a hundredfold; here 1e-6 of
+      the mean, which changes thresholds by less than 1e-4 of themselves where norms are about 1.
     """
     rule = z_score(z_max, decay, warmup_steps, spike=spike, factor=factor)
     return norm_clip(with_axis_name(norm, global_norm, axis_name), rule, response, "threshold")
@@ -254,8 +256,8 @@ def clip_by_sigma(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates so that their norm is at most some deviations above the mean of the last norms.
 
-    updates ← updates · min(1, c / norm),  c = mean + sigmas · max(deviation, 1e-6), over the norms of earlier steps,
-    as they were before clipping, so that spikes raise c
+    updates ← updates · min(1, c / norm),  c = mean + sigmas · max(deviation, 1e-6 · mean), over the norms of earlier
+    steps, as they were before clipping, so that spikes raise c
 
     This is `clip_by_norm(global_norm, thresholds.sigma_window(sigmas, window))`.
 
@@ -288,6 +290,7 @@ def clip_by_sigma(
       [5.]
 
     References:
-      The clipping by the history of norms in the levanter library, in which one NaN switches it off for a window.
+      The clipping by the history of norms in the levanter library, in which one NaN switches it off for a window, and
+      the smallest deviation is 1e-6 whatever the size of the norms; here 1e-6 of the mean.
     """
     return norm_clip(with_axis_name(norm, global_norm, axis_name), sigma_window(sigmas, window), response, "threshold")

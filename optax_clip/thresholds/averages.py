@@ -24,7 +24,7 @@ def z_score(
 ) -> optax.GradientTransformationExtraArgs:
     """Mean and deviation of the norms, each an exponential average; norms far above are spikes, and only they are cut.
 
-    z = (norm - mean) / (deviation + 1e-6);  z ≤ z_max: not clipped;  z > z_max, by `spike`:
+    z = (norm - mean) / (deviation + 1e-6 · |mean|);  z ≤ z_max: not clipped;  z > z_max, by `spike`:
     "rescale": threshold = (mean + z_max · deviation · z_max / z) · factor;  "mean": threshold = mean;
     "limit", which goes by norm > threshold: threshold = mean + z_max · deviation
 
@@ -80,10 +80,11 @@ def z_score(
         # While all norms were 0, which says nothing about their size, warm-up goes on.
         warm = (seen < jnp.maximum(warmup_steps, 1)) | ((mean == 0) & (deviation == 0))
         limit = jnp.where(endless, jnp.inf, mean + most * deviation)
-        bound = limit if spike == "limit" else jnp.where(endless, jnp.inf, mean + most * (deviation + 1e-6))
+        least = deviation + 1e-6 * jnp.abs(mean)
+        bound = limit if spike == "limit" else jnp.where(endless, jnp.inf, mean + most * least)
         above = ~warm & (norm > bound)
         # Of the numbers where it matters; elsewhere of harmless ones.
-        z = jnp.where(above, (norm - mean) / (deviation + 1e-6), 1.0)
+        z = jnp.where(above, (norm - mean) / jnp.where(above, least, 1.0), 1.0)
         times = 1.0 if factor is None else jnp.asarray(factor, norm.dtype)
         rescaled = (mean + most * deviation * jnp.where(above, most / z, 1.0)) * times
         target = {"rescale": rescaled, "mean": mean, "limit": limit}[spike]

@@ -22,8 +22,8 @@ class SigmaWindowState(NamedTuple):
 def sigma_window(sigmas: Any = 3.0, window: int = 128) -> optax.GradientTransformationExtraArgs:
     """Some deviations above the mean of the last norms, the present one left out.
 
-    threshold = mean + sigmas · max(deviation, 1e-6), over {norm_(t - window), ..., norm_(t - 1)};
-    inf while fewer than window / 2 norms are known
+    threshold = mean + sigmas · max(deviation, 1e-6 · |mean|), over {norm_(t - window), ..., norm_(t - 1)};
+    inf while fewer than window / 2 norms are known, or all are 0
 
     Args:
       sigmas: deviations above the mean, >= 0, a number or traced scalar.
@@ -64,8 +64,9 @@ def sigma_window(sigmas: Any = 3.0, window: int = 128) -> optax.GradientTransfor
         there = jnp.arange(window, dtype=jnp.int32) < state.filled
         variance = jnp.sum(jnp.where(there, jnp.square(ring - mean), 0.0)) / count
         deviation = jnp.where(variance == 0, 0.0, jnp.sqrt(jnp.where(variance == 0, 1.0, variance)))
-        threshold = mean * unit + cast(sigmas, norm.dtype) * jnp.maximum(deviation * unit, 1e-6)
-        return jnp.where(2 * state.filled >= window, threshold, jnp.inf), pushed(state, norm)
+        threshold = mean * unit + cast(sigmas, norm.dtype) * jnp.maximum(deviation, 1e-6 * jnp.abs(mean)) * unit
+        known = (2 * state.filled >= window) & (largest > 0)  # zeros say nothing about the size of norms
+        return jnp.where(known, threshold, jnp.inf), pushed(state, norm)
 
     return rule_of(init, update)
 
