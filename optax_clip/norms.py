@@ -171,6 +171,8 @@ def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) 
       {'body': 5.0}
     """
     ord = _order(ord)
+    if checks.is_function(labels):
+        checks.function(labels, "labels", ("updates",), "For example: lambda updates: {'encoder': 'a', 'head': 'b'}.")
 
     def norm(updates):
         parts = _parts(updates, axis_name)

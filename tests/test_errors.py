@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.sparse import BCOO
 from jax.sharding import PartitionSpec as P
 from table import TABLE, labels
 from trees import mesh
@@ -20,6 +21,8 @@ from optax_clip import thresholds
 X = jnp.ones(3)
 GRADS = {"b": X, "w": jnp.ones((4, 5))}
 RANK_6 = {"conv": [jnp.ones((2,) * 6)]}
+SPARSE = {"b": X, "w": BCOO((jnp.ones(2), jnp.zeros((2, 2), int)), shape=(4, 5))}  # its first entry in two parts
+DENSE = (oc.clip(1.0), oc.clip_by_global_norm(1.0), oc.clip_by_leaf_norm(1.0), oc.zclip(), oc.clip_weights(1.0))
 INF, NAN = float("inf"), float("nan")
 KINDS = "a number, a scalar array, a schedule, a rule, or None"
 PREFIX = "must be one value or a prefix of the tree of updates: "
@@ -123,6 +126,21 @@ ROWS = [
         lambda: init(oc.clip_by_norm(lambda u: oc.norms.Blocks({"a": jnp.ones([])}, ("a",)), 1.0)),
         VALUE,
         "norm must return Blocks with a known key or None for each leaf, got ['a']",
+    ),
+    (lambda: leaf(lambda path, leaf: 2.0), TYPE, "max_norm must take (step), got function"),
+    (lambda: oc.clip(lambda path, leaf: 2.0), TYPE, "max_delta must take (step), got function"),
+    (lambda: oc.clip_weights(lambda: 2.0), TYPE, "max_value must take (step), got function"),
+    (lambda: thresholds.minimum(lambda path, leaf: 2.0), TYPE, "thresholds[0] must take (step), got function"),
+    (lambda: group("a", {"a": lambda path, leaf: 2.0}), TYPE, "max_norms['a'] must take (step), got function"),
+    (lambda: group(lambda path, leaf: "a"), TYPE, "labels must take (updates), got function"),
+    (lambda: oc.clip_by_norm(lambda path, leaf: 2.0, 1.0), TYPE, "norm must take (updates), got function"),
+    (lambda: oc.clip_by_global_norm(1.0, response=jnp.abs), TYPE, "response must take (norm, threshold), got "),
+    (lambda: oc.clip_by_unit_norm(1.0, axis=lambda leaf: 0), TYPE, "axis must take (path, leaf), got function"),
+    (lambda: oc.project_weights(lambda path, leaf: leaf), TYPE, "projection must take (weights), got function"),
+    # Sparse gradients
+    *(
+        (lambda tx=tx: step(tx, SPARSE, GRADS), TYPE, "updates must be dense arrays, got BCOO at ['w'], ")
+        for tx in DENSE
     ),
     # Orders and axes
     (lambda: oc.clip_by_global_norm(1.0, ord=0.5), VALUE, "ord must be >= 1, got 0.5."),

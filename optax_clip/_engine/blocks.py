@@ -127,7 +127,7 @@ class Group(NamedTuple):
 
 
 def groups_of(rules: Any, blocks: Blocks, updates: Any, name: str) -> list[Group]:
-    """The blocks, put together as far as they go together. Norms may be shapes where all are scalars."""
+    """The blocks, put together as far as they go together. Norms may be shapes."""
     groups: dict = {}
     rules = _rules_of(rules, blocks, updates, name)
     for key, rule in rules.items():
@@ -137,7 +137,7 @@ def groups_of(rules: Any, blocks: Blocks, updates: Any, name: str) -> list[Group
     made = []
     for (same, _), keys in groups.items():
         norms = [blocks.norms[key] for key in keys]
-        norms = [norm if isinstance(norm, jax.Array) else jnp.zeros([], norm.dtype) for norm in norms]
+        norms = [norm if isinstance(norm, jax.Array) else jnp.zeros(norm.shape, norm.dtype) for norm in norms]
         first = () if same is True else jax.eval_shape(rules[keys[0]].init, jax.ShapeDtypeStruct((), norms[0].dtype))
         own = list({id(rules[key]): rules[key] for key in keys}.values())
         own = own if len(own) == 1 else [rules[key] for key in keys]
@@ -217,6 +217,9 @@ def _like(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
 
 
+_ANEW = "To keep all other states and start this history anew: state._replace(rule=clip.init(params).rule)."
+
+
 def _states(state: Any, groups: list[Group]) -> Iterator:
     """The state for each group, or an error where it is that of another rule or of other blocks."""
     keeping = [group for group in groups if jax.tree.leaves(group.first)]
@@ -224,8 +227,7 @@ def _states(state: Any, groups: list[Group]) -> Iterator:
     if jax.tree.structure(state) != jax.tree.structure(needed):
         raise ValueError(
             f"state must hold the history that the threshold needs, {_text(needed)}, got {_text(state)}. The "
-            "threshold, the dtypes, or the mesh axes were others when it was made. Keep all other states and start "
-            "this history anew: state._replace(rule=clip.init(params).rule)."
+            f"threshold, the dtypes, or the mesh axes were others when it was made. {_ANEW}"
         )
     states = iter([state] if len(keeping) == 1 else state)
     for group in groups:
@@ -235,7 +237,7 @@ def _states(state: Any, groups: list[Group]) -> Iterator:
                 raise ValueError(
                     f"state must hold a history of shape {group.norm.shape + first.shape} for the blocks of these "
                     f"updates, got {jnp.shape(there)}. The window or the blocks were others. Pass updates of the "
-                    "parameters that init saw, or make a new state."
+                    f"parameters that init saw. {_ANEW}"
                 )
         yield of_group
 
@@ -269,7 +271,7 @@ def total_norm(groups: list[Group], *, units: bool) -> jax.Array:
     if len(norms) == 1 and norms[0].ndim == 0 and not varying(norms[0]):
         return norms[0]
     largest = jnp.float32(1)
-    if not units:  # relative to the largest, so that no square leaves the range
+    if not units or any(norm.dtype == jnp.float64 for norm in norms):  # relative, so that no square leaves the range
         largest = jax.lax.stop_gradient(fold(jnp.maximum, [jnp.max(norm) for norm in norms]))
         names = tuple(sorted(varying(largest)))
         largest = jax.lax.pmax(largest, names) if names else largest

@@ -1,5 +1,6 @@
 """Checks of arguments. A message begins with the argument: what is wrong, what is required, what to do."""
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Hashable, Iterable
@@ -24,9 +25,21 @@ def is_transformation(value: object) -> bool:
     return isinstance(value, optax.GradientTransformation)
 
 
-def function(value: Any, name: str, example: str) -> None:
+def function(value: Any, name: str, arguments: tuple[str, ...], then: str) -> None:
+    """Raises unless `value` is a function that can be called with these arguments, so far as its signature tells."""
     if not callable(value):
-        raise TypeError(f"{name} must be a function, got {show(value)}. For example: {example}.")
+        raise TypeError(f"{name} must be a function, got {show(value)}. {then}")
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} must take ({', '.join(arguments)}), got {show(value)}: {error}. {then}") from None
+    except ValueError:  # it has no signature
+        pass
+
+
+def schedule(value: Any, name: str) -> None:
+    each = "jax.tree_util.tree_map_with_path(function, params)"
+    function(value, name, ("step",), f"A schedule takes the step. A function of path and leaf makes a tree: {each}.")
 
 
 def transformation(value: Any, name: str, example: str) -> None:
@@ -116,6 +129,8 @@ def choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
 
 def axes(value: Any) -> Callable | tuple[int, ...] | None:
     """`axis` as None, a rule, or a tuple of ints."""
+    if is_function(value):
+        function(value, "axis", ("path", "leaf"), "For example: lambda path, leaf: 0.")
     if value is None or is_function(value):
         return value
     entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -15,9 +15,12 @@ def is_leaf(value: object) -> bool:
     return len(leaves) == 1 and leaves[0] is value
 
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic, float, complex, jax.ShapeDtypeStruct)
+
+
 def is_counted(leaf: object) -> bool:
     """True for leaves that have a norm: floating and complex arrays and scalars."""
-    if isinstance(leaf, (bool, int)) or not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, complex)):
+    if isinstance(leaf, (bool, int)) or not isinstance(leaf, _ARRAYS):
         return False
     return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
 
@@ -45,13 +48,14 @@ def spread(prefix: Any, tree: Any, name: str, is_entry: Callable[[Any], bool] = 
         raise ValueError(
             f"{name} must be one value or a prefix of the tree of updates: {error}. Use the same containers."
         ) from None
-    return [entry for _, entry, subtree in triples for _ in jax.tree.leaves(subtree)]
+    return [entry for path, entry, subtree in triples for _ in _dense(subtree, path)]
 
 
 def params_of(updates: Any, params: Any, why: str) -> list:
     """The parameter for each leaf of the updates, in order. Where the updates are None, any parameter will do."""
     if params is None:
         raise ValueError(f"params are missing. {why} Call update(updates, state, params).")
+    _dense(updates)
     try:
         triples = [triple for triple in _paired(updates, params) if triple[1] is not None]
     except ValueError as error:
@@ -66,6 +70,19 @@ def params_of(updates: Any, params: Any, why: str) -> list:
                 f"{jnp.shape(update)}. Pass the parameters that the updates belong to."
             )
     return [param for _, _, param in triples]
+
+
+def _dense(tree: Any, path: tuple = ()) -> list:
+    """The leaves of a tree without sparse arrays, whose data would be taken for leaves."""
+    is_sparse = lambda x: type(x).__module__.startswith("jax.experimental.sparse")
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse)
+    for below, leaf in leaves:
+        if is_sparse(leaf):
+            raise TypeError(
+                f"updates must be dense arrays, got {type(leaf).__name__} at {keystr((*path, *below))}, which may hold "
+                "parts of one entry several times. Pass x.sum_duplicates().todense(), or use optax.masked."
+            )
+    return leaves
 
 
 def keystr(path: tuple) -> str:

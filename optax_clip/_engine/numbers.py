@@ -44,7 +44,9 @@ def bounded(tree: Any, name: str, low: float | None = None) -> None:
                 f"{name} must be a number, a scalar array, a schedule, or None, got a rule. Rules compare norms, and "
                 "entries have none. Use a norm clip; for weights, clip_weight_norm."
             )
-        if not checks.is_function(value):
+        if checks.is_function(value):
+            checks.schedule(value, name)
+        else:
             kinds = "a number, a scalar array, a schedule, or None"
             checks.scalar(value, name, low, kinds=kinds, why="Magnitudes are not negative.")
 

@@ -43,6 +43,7 @@ def fixed(value: Any, name: str) -> Fixed:
     update = lambda norm, state, _=None, /, *, step=0, **__: (value_at(limit, step, name), state)
     rule = Fixed(lambda norm: (), update)  # pyright: ignore[reportArgumentType]  # Optax has other names for arguments
     if checks.is_function(limit):
+        checks.schedule(limit, name)
         rule.reads = frozenset({"history"})
         return rule
     kinds = "a number, a scalar array, a schedule, a rule, or None"

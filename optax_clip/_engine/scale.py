@@ -80,7 +80,8 @@ def _scale_of(norm: jax.Array, threshold: Any, respond: Callable) -> _Scale:
     # NaN where the norm or the threshold is not finite. A constant NaN would trip jax_debug_nans.
     after = jnp.where(live, jnp.maximum(after, 0.0), norm) + bad
     same = (after == norm) | off if unsure else after == norm
-    down, up = _UP / jnp.maximum(n, 2.0**-100), after * (1 / _UP)
+    least = 2.0 ** (-100 if n.dtype == jnp.float32 else -900)
+    down, up = _UP / jnp.maximum(n, least), after * (1 / _UP)
     return _Scale(same, down, up)
 
 
@@ -90,6 +91,11 @@ def _scaled(leaf: Any, scale: _Scale) -> jax.Array:
     down, up = scale.down.astype(dtype), scale.up.astype(dtype)
     parts = [part.astype(dtype) * down * up for part in real_parts(x)]
     return jnp.where(scale.same, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
+
+
+def _reported(threshold: Any) -> jax.Array:
+    """The threshold as a finite number; NaN stays NaN."""
+    return jnp.clip(threshold, 0.0, _LARGEST).astype(jnp.float32)
 
 
 def _measured(groups: list[Group], thresholds: list, scales: list[_Scale], units: bool) -> Measured:
@@ -102,7 +108,7 @@ def _measured(groups: list[Group], thresholds: list, scales: list[_Scale], units
     above = [~(group.norm <= t) & (group.norm < jnp.inf) for group, t in zip(groups, thresholds)]
     factors = [] if units else [jnp.where(scale.same, 1.0, scale.down * scale.up) for scale in scales]
     if count == 1 and not units:  # no mean, which would round
-        found = (jnp.clip(thresholds[0], 0.0, _LARGEST), *factors, *above)
+        found = (_reported(thresholds[0]), *factors, *above)
         return Measured(*(jnp.asarray(x, jnp.float32) for x in found))
 
     def total(arrays):
@@ -115,11 +121,11 @@ def _measured(groups: list[Group], thresholds: list, scales: list[_Scale], units
     if units:
         return Measured(None, None, mean(above))
     if len(groups) == 1 and thresholds[0].ndim == 0:
-        threshold = jnp.clip(jnp.asarray(thresholds[0], jnp.float32), 0.0, _LARGEST)
+        threshold = _reported(thresholds[0])
     else:
-        limits = [jnp.broadcast_to(t, group.norm.shape) for t, group in zip(thresholds, groups)]
-        number = total([limit != jnp.inf for limit in limits])
+        known = [jnp.broadcast_to(t != jnp.inf, group.norm.shape) for t, group in zip(thresholds, groups)]
+        number = total(known)
         share = 1 / jnp.maximum(number, 1)  # before the sum, which may leave the range
-        limits = [jnp.where(limit == jnp.inf, 0.0, jnp.maximum(limit, 0.0)).astype(jnp.float32) for limit in limits]
+        limits = [jnp.where(there, _reported(t), 0.0) for there, t in zip(known, thresholds)]
         threshold = jnp.where(number == 0, _LARGEST, total([limit * share for limit in limits]))
     return Measured(threshold, mean(factors), mean(above))

@@ -10,7 +10,7 @@ import optax
 
 from optax_clip._engine import blocks as engine
 from optax_clip._engine import checks
-from optax_clip._engine.numbers import next_step
+from optax_clip._engine.numbers import cast, next_step
 from optax_clip._engine.rules import Fixed, as_rule, as_rules, reads
 from optax_clip._engine.scale import clip_tree
 from optax_clip.norms import block_rms, global_norm, group_norm, leaf_norm, unit_norm
@@ -79,9 +79,9 @@ def norm_clip(
     norm: Callable[[Any], Any], threshold: Any, response: Callable | None, name: str
 ) -> optax.GradientTransformationExtraArgs:
     """`clip_by_norm`, where the user knows the threshold by another name."""
-    checks.function(norm, "norm", "functools.partial(unit_norm, axis=0)")
+    checks.function(norm, "norm", ("updates",), "For example: functools.partial(unit_norm, axis=0).")
     if response is not None:
-        checks.function(response, "response", "responses.smooth")
+        checks.function(response, "response", ("norm", "threshold"), "For example: responses.smooth.")
     by_label = isinstance(threshold, engine.ByLabel)
     rules = threshold if by_label else as_rules(threshold, name)
     each = threshold.of.values() if by_label else jax.tree.leaves(rules, is_leaf=checks.is_transformation)
@@ -94,8 +94,9 @@ def norm_clip(
         # optax.tree.map_params asks with an empty tree, and takes one array for all that a rule keeps.
         history = jnp.zeros([], jnp.int32) if has_rules else ()
         if blocks.index:
-            if units or jax.sharding.get_abstract_mesh().manual_axes:  # for the sharding and mesh axes of the state
-                blocks = engine.blocks_of(norm(params), params) if has_rules else blocks
+            known = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+            if has_rules and known and (units or jax.sharding.get_abstract_mesh().manual_axes):
+                blocks = engine.blocks_of(norm(params), params)  # for the sharding and mesh axes of the state
             groups = engine.groups_of(rules, blocks, params, name)
             history = engine.first_state(groups) if has_rules else ()
         number = lambda x: jnp.full([], x, jnp.float32)  # arrays of their own, so that states can be donated
@@ -121,7 +122,7 @@ def norm_clip(
         clipped, (mean, scale, share) = clip_tree(updates, blocks, groups, thresholds, response or shrink)
         step = next_step(state.clip_step)
         rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
-        return clipped, ClipState(step, total.astype(jnp.float32), mean, scale, share, rate, history)
+        return clipped, ClipState(step, jnp.asarray(cast(total, jnp.float32)), mean, scale, share, rate, history)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -47,7 +47,8 @@ def project_weights(projection: Callable[[Any], Any]) -> optax.GradientTransform
     References:
       Projected gradient descent; `optax.projections`.
     """
-    checks.function(projection, "projection", "optax.projections.projection_non_negative")
+    example = "For example: optax.projections.projection_non_negative."
+    checks.function(projection, "projection", ("weights",), example)
 
     def project(weights, state, params, **extra_args):
         del params, extra_args

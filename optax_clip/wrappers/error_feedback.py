@@ -71,8 +71,10 @@ def with_error_feedback(
     update_inner = optax.with_extra_args_support(clip).update
 
     def nothing(param):
-        dtype = accumulator_dtype if checks.is_real(param) else None
-        return jnp.zeros_like(widened(param, param)[0], dtype) if is_counted(param) else None
+        if not is_counted(param):
+            return None
+        own = jax.eval_shape(lambda x: widened(x, x)[0], param).dtype
+        return jnp.zeros_like(param, own if jnp.issubdtype(own, jnp.complexfloating) else accumulator_dtype or own)
 
     def init_fn(params):
         return ErrorFeedbackState(jax.tree.map(nothing, params), clip.init(params))
