@@ -150,7 +150,7 @@ FIXED = {
         lambda c: oc.clip_by_magnitude(0.5 * c, c), lambda g, c: reference.magnitude(g, 0.5 * c, c), largest
     ),
     "clip_by_magnitude_below": Fixed(
-        lambda c: oc.clip_by_magnitude(c), lambda g, c: reference.magnitude(g, c, np.inf), largest
+        lambda c: oc.clip_by_magnitude(c, None), lambda g, c: reference.magnitude(g, c, np.inf), largest
     ),
     "clip_by_global_norm": Fixed(oc.clip_by_global_norm, reference.global_norm, total),
     "clip_by_leaf_norm": Fixed(oc.clip_by_leaf_norm, reference.leaf_norm, of_dense),

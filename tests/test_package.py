@@ -29,7 +29,7 @@ SIGNATURES = {
     optax_clip: [
         "clip(max_delta)",
         "clip_by_value(min_value, max_value=Ellipsis)",
-        "clip_by_magnitude(min_magnitude=None, max_magnitude=None)",
+        "clip_by_magnitude(min_magnitude, max_magnitude)",
         "clip_by_global_norm(max_norm, *, ord=None, axis_name=None, response=None)",
         "clip_by_leaf_norm(max_norm, *, ord=None, axis_name=None, response=None)",
         "clip_by_unit_norm(max_norm, axis=None, *, ord=None, axis_name=None, response=None)",
@@ -46,7 +46,7 @@ SIGNATURES = {
         "clip_weights(max_value)",
         "clip_weight_norm(max_norm, axis=None, *, ord=None, axis_name=None, response=None)",
         "prune_weights(threshold)",
-        "rescale_weights(low=0.0, high=1.0, *, axis_name=None)",
+        "rescale_weights(low, high, *, axis_name=None)",
         "project_weights(projection)",
         "skip_spikes(inner, threshold=None, *, norm=None, axis_name=None)",
         "with_error_feedback(clip, *, accumulator_dtype=None)",

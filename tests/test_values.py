@@ -36,7 +36,7 @@ TABLE = {
     "no bound": (clip(None), lambda x: x),
     "one value": (clip_by_value(1.0, 1.0), lambda x: np.where(np.isnan(x), x, 1.0)),
     "magnitudes": (clip_by_magnitude(0.3, 2.0), lambda x: np.sign(x) * np.clip(np.abs(x), 0.3, 2.0)),
-    "raised": (clip_by_magnitude(0.3), lambda x: np.sign(x) * np.maximum(np.abs(x), 0.3)),
+    "raised": (clip_by_magnitude(0.3, None), lambda x: np.sign(x) * np.maximum(np.abs(x), 0.3)),
     "signs": (clip_by_magnitude(1.0, 1.0), np.sign),
     "too large for the dtype": (clip(1e300), lambda x: np.where(np.isinf(x), np.sign(x) * 1e300, x)),
 }
@@ -102,12 +102,12 @@ def test_complex_entries_keep_their_phase(bound):
     size = np.where(x == 0, 1.0, np.abs(wide(x)))
     for tx, factor in (
         (clip(bound), np.minimum(1.0, bound / size)),
-        (clip_by_magnitude(bound), np.maximum(1.0, bound / size)),
+        (clip_by_magnitude(bound, None), np.maximum(1.0, bound / size)),
         (clip_by_magnitude(bound, bound), bound / size),
     ):
         expected = wide(x) * factor
         np.testing.assert_allclose(wide(now(tx, x)), expected, rtol=tolerance(jnp.float32))
-    inside = now(clip(INF), x), now(clip_by_magnitude(1e-37), x)
+    inside = now(clip(INF), x), now(clip_by_magnitude(1e-37, None), x)
     chex.assert_trees_all_equal(inside, (x, x))
 
 
@@ -242,7 +242,7 @@ def test_no_step_on_finite_complex_entries_trips_a_guard():
     """Outside of jit, too, nothing is NaN or inf on the way while the entries are finite."""
     updates = jnp.array([3 + 4j, 0, 0.1j], jnp.complex64)
     with jax.debug_nans(True), jax.debug_infs(True), jax.disable_jit():
-        for tx in (clip(1.0), clip_by_value(None, 1.0), clip_by_magnitude(0.5)):
+        for tx in (clip(1.0), clip_by_value(None, 1.0), clip_by_magnitude(0.5, None)):
             chex.assert_tree_all_finite(tx.update(updates, ()))
 
 

@@ -223,7 +223,7 @@ def test_what_is_not_finite():
     chex.assert_trees_all_equal(out, jnp.array([0.25, -0.25, np.nan, np.nan, np.nan]))
     out, _ = landed(prune_weights(0.25), weights, updates)
     chex.assert_trees_all_equal(out, weights + updates)
-    for tx in (rescale_weights(), clip_weight_norm(1.0), project_weights(project.projection_l2_ball)):
+    for tx in (rescale_weights(0.0, 1.0), clip_weight_norm(1.0), project_weights(project.projection_l2_ball)):
         assert np.isnan(landed(tx, weights, updates)[0]).all()
 
 
@@ -356,7 +356,7 @@ def test_ranges_of_all_sizes():
     weights = {"flat": jnp.full(3, 7.0), "scalar": jnp.float32(2.0), "empty": jnp.zeros((0, 2))}
     out, _ = landed(rescale_weights(0.25, 1.0), weights, jax.tree.map(jnp.zeros_like, weights))
     chex.assert_trees_all_equal(out, {**weights, "flat": jnp.full(3, 0.25), "scalar": jnp.float32(0.25)})
-    out, _ = landed(rescale_weights(), jnp.zeros(3), jnp.array([-3e38, 0.0, 3e38]))
+    out, _ = landed(rescale_weights(0.0, 1.0), jnp.zeros(3), jnp.array([-3e38, 0.0, 3e38]))
     chex.assert_trees_all_close(out, jnp.array([0.0, 0.5, 1.0]), atol=1e-6)
     out, _ = landed(rescale_weights(-3e38, 3e38), jnp.zeros(3), jnp.array([1.0, 2.0, 3.0]))
     chex.assert_trees_all_close(out, jnp.array([-3e38, 0.0, 3e38]))
@@ -467,7 +467,7 @@ REFUSED = {
     "params must be floating or complex, got .*int32": refused(
         lambda: clip_weights(1.0), params=jnp.ones(3, jnp.int32)
     ),
-    "params must be real, got complex64": refused(lambda: rescale_weights(), jnp.ones(3, jnp.complex64)),
+    "params must be real, got complex64": refused(lambda: rescale_weights(0.0, 1.0), jnp.ones(3, jnp.complex64)),
     "max_value must be one value or a prefix": refused(lambda: clip_weights({"w": 1.0}), {"v": jnp.ones(2)}),
     "state must be": lambda: clip_weights(1.0).update(jnp.ones(2), optax.TraceState(1.0), jnp.ones(2)),
 }
@@ -528,7 +528,7 @@ def test_rescaling_where_types_do_not_tell():
     """Without types, `axis_name` says over which axes a leaf is spread; without it that is an error."""
     run = lambda axis_name: jax.jit(
         jax.shard_map(
-            lambda w: rescale_weights(axis_name=axis_name).update(w, (), w)[0] + w,
+            lambda w: rescale_weights(0.0, 1.0, axis_name=axis_name).update(w, (), w)[0] + w,
             mesh=mesh(data=2), in_specs=P("data"), out_specs=P("data"), check_vma=False,
         )
     )(jnp.arange(8.0))  # fmt: skip

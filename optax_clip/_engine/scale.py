@@ -67,8 +67,7 @@ def _scale_of(norm: jax.Array, threshold: Any, respond: Callable) -> _Scale:
     live, limit, off, bad = (norm > 0) & (norm < jnp.inf), threshold, threshold == jnp.inf, norm - norm
     unsure = isinstance(threshold, jax.Array) or off.any()  # may be inf; a traced one may be below 0 or NaN, too
     if unsure:
-        threshold = jnp.maximum(threshold, 0.0)  # keeps NaN
-        limit = jnp.where(off, 1.0, threshold)
+        limit = jnp.maximum(jnp.where(off, 1.0, threshold), 0.0)  # keeps NaN
         live, bad = live & ~off, bad + (limit - limit)
     n = jnp.where(live, norm, 1.0)
     after = respond(n, limit)

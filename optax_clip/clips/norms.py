@@ -112,7 +112,7 @@ def norm_clip(
         if units != (state.threshold is None):
             raise ValueError(
                 "state must be that of a clip with the blocks of these updates: one has units and the other has not. "
-                "Pass what init of this clip or its last update returned."
+                "Start this clip anew and keep all other states: in a chain, (clip.init(params), *state[1:])."
             )
         groups = engine.groups_of(rules, blocks, updates, name)
         total = engine.total_norm(groups, units=units)

@@ -92,7 +92,7 @@ def clip_by_value(min_value: Any, max_value: Any = ...) -> optax.GradientTransfo
     return entrywise(within, {"min_value": min_value, "max_value": max_value})
 
 
-def clip_by_magnitude(min_magnitude: Any = None, max_magnitude: Any = None) -> optax.GradientTransformationExtraArgs:
+def clip_by_magnitude(min_magnitude: Any, max_magnitude: Any) -> optax.GradientTransformationExtraArgs:
     """Bounds the magnitude of every entry from both sides; its sign or phase is kept, and zero stays zero.
 
     x ← sign(x) · min(max(|x|, min_magnitude), max_magnitude)
@@ -102,7 +102,7 @@ def clip_by_magnitude(min_magnitude: Any = None, max_magnitude: Any = None) -> o
     Args:
       min_magnitude: smallest magnitude of an entry that is not 0, >= 0: a number, a scalar array (traced too), an Optax
         schedule, None for no bound, or a prefix tree of these.
-      max_magnitude: largest magnitude, >= min_magnitude, likewise. Where values that are known only in the compiled
+      max_magnitude: largest magnitude, >= min_magnitude, likewise; required. Where values that are known only in the compiled
         program cross, `max_magnitude` wins.
 
     Returns:

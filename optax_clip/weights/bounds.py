@@ -95,7 +95,7 @@ def prune_weights(threshold: Any) -> optax.GradientTransformationExtraArgs:
     return on_weights(*entrywise(pruned, {"threshold": threshold}, low=0))
 
 
-def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -> optax.GradientTransformationExtraArgs:
+def rescale_weights(low: Any, high: Any, *, axis_name: Any = None) -> optax.GradientTransformationExtraArgs:
     """Maps the weights of each leaf linearly to [low, high], smallest to largest. Goes last in a chain.
 
     updates_i ← low + (high - low) · (w_i - min w_i) / (max w_i - min w_i) - params_i,  w = params + updates
@@ -104,7 +104,7 @@ def rescale_weights(low: Any = 0.0, high: Any = 1.0, *, axis_name: Any = None) -
       low: where the smallest weight of a leaf goes, and all of a constant leaf: a number, a scalar array (traced too),
         an Optax schedule, None to leave the leaf alone, or a prefix tree of these. Biases, which are often constant,
         are better left alone.
-      high: where the largest goes, >= low, likewise.
+      high: where the largest goes, >= low, likewise; required.
       axis_name: as for `clip_by_leaf_norm`.
 
     Returns:

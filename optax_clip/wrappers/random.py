@@ -90,7 +90,8 @@ def _passes(x: Any, key: jax.Array, probability: Any, per: str) -> jax.Array:
         return jax.random.bernoulli(key, rest)
     if any(name not in varying(jax.lax.axis_index(name)) for name in jax.sharding.get_abstract_mesh().manual_axes):
         raise ValueError(
-            "per must be 'leaf' inside pmap or shard_map(check_vma=False), got 'element'. Use check_vma=True."
+            "per must be 'leaf' inside pmap or shard_map(check_vma=False), got 'element'. Pass per='leaf', or use "
+            "shard_map with check_vma=True."
         )
     key = jax.random.fold_in(key, jax.lax.axis_index(tuple(sorted(varying(jnp.asarray(x))))))
     # The zeros have the sharding of the leaf, which a select asks for on a mesh of explicit axes.
