@@ -102,8 +102,8 @@ def clip_by_magnitude(min_magnitude: Any, max_magnitude: Any) -> optax.GradientT
     Args:
       min_magnitude: smallest magnitude of an entry that is not 0, >= 0: a number, a scalar array (traced too), an Optax
         schedule, None for no bound, or a prefix tree of these.
-      max_magnitude: largest magnitude, >= min_magnitude, likewise; required. Where values that are known only in the compiled
-        program cross, `max_magnitude` wins.
+      max_magnitude: largest magnitude, >= min_magnitude, likewise; required. Where values that are known only in the
+        compiled program cross, `max_magnitude` wins.
 
     Returns:
       A transformation with the state `ValueClipState`, as `clip`.
