@@ -1,6 +1,7 @@
 """Gradient clipping for JAX, as composable Optax transformations."""
 
 from optax_clip import responses, thresholds
+from optax_clip.backward import clip_backward
 from optax_clip.clips.adaptive import adagc, adaptive_grad_clip, autoclip, clip_by_sigma, zclip
 from optax_clip.clips.norms import (
     ClipState,
@@ -32,6 +33,7 @@ __all__ += ["clip_by_group_norm", "clip_by_norm_range"]
 __all__ += ["adaptive_grad_clip", "autoclip", "zclip", "adagc", "clip_by_sigma"]  # thresholds that adapt
 __all__ += ["clip_weights", "clip_weight_norm", "prune_weights", "rescale_weights", "project_weights"]  # weights
 __all__ += ["skip_spikes", "with_error_feedback", "clip_randomly"]  # around a clip or an optimizer
+__all__ += ["clip_backward"]  # inside of the network
 __all__ += ["clip_metrics", "ClipState", "SkipState", "replay", "suggest_threshold"]  # see what was clipped
 __all__ += ["clip_by_norm", "global_norm", "leaf_norm", "unit_norm", "block_rms", "group_norm"]  # build a clip
 __all__ += ["thresholds", "responses"]

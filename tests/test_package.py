@@ -19,7 +19,8 @@ from optax_clip import plot, responses, thresholds
 FOLDER = pathlib.Path(optax_clip.__file__).parent  # of the package, wherever it is installed
 ROOT = pathlib.Path(__file__).parents[1]
 # A module imports only from its own room and from rooms after it.
-ROOMS = ["__main__", "plot", "tools", "wrappers", "weights", "clips", "norms", "responses", "thresholds", "_engine"]
+ROOMS = ["__main__", "plot", "tools", "wrappers", "backward", "weights", "clips"]
+ROOMS += ["norms", "responses", "thresholds", "_engine"]
 MODULES = {  # path by name, a room with several files under its own name
     ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(FOLDER.rglob("*.py"))
@@ -51,6 +52,7 @@ SIGNATURES = {
         "skip_spikes(inner, threshold=None, *, norm=None, axis_name=None)",
         "with_error_feedback(clip, *, accumulator_dtype=None)",
         "clip_randomly(clip, probability, seed=0, *, per='element')",
+        "clip_backward(x, clip)",
         "clip_metrics(opt_state, prefix='')",
         "ClipState(clip_step, norm, threshold, clip_scale, clipped, clip_rate, rule)",
         "SkipState(total_skipped, consecutive_skipped, measured, inner_state)",
