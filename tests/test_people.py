@@ -1,6 +1,7 @@
 """Situations that people met with clips of gradients, each beside all that is of its kind."""
 
 import contextlib
+import gc
 import inspect
 
 import chex
@@ -11,7 +12,7 @@ import optax
 import pytest
 from jax.experimental import sparse
 from jax.sharding import PartitionSpec as P
-from table import CLIPS, TABLE, WRAPPERS, labels, numbers, of_table
+from table import CLIPS, TABLE, WRAPPERS, labels, numbers
 from trees import mesh, small, step
 
 import optax_clip as oc
@@ -92,7 +93,7 @@ def narrow(seed, scale=1.0):
     return {"bias": found["bias"].astype(jnp.float16), "dense": found["dense"].astype(jnp.bfloat16), "scale": None}
 
 
-of_debug = pytest.mark.parametrize(
+quickly = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[full] * (case.name != "zclip")) for case in TABLE]
 )
 
@@ -136,7 +137,7 @@ def test_what_asks_for_axis_name_takes_it(case):
 # Debugging
 
 
-@of_debug
+@quickly
 @pytest.mark.parametrize("size", [1.0, 0.0], ids=["parameters", "parameters of 0"])
 def test_debug_nans_where_nothing_is_compiled(case, size):
     """No NaN appears on the way with narrow floats and a None in the tree, and for weights and updates of 0."""
@@ -170,7 +171,7 @@ def test_debug_infs_under_an_open_threshold(name):
         chex.assert_tree_all_finite(oc.clip_metrics(state))
 
 
-@of_debug
+@quickly
 def test_debug_infs_where_steps_are_compiled(case):
     """No inf and no NaN leaves a compiled step of such a tree."""
     with jax.debug_nans(True), jax.debug_infs(True):
@@ -186,9 +187,10 @@ def test_debug_infs_where_steps_are_compiled(case):
     "make, x",
     [
         (lambda: oc.clip_by_norm_range(1e10, None), 1e-29),
+        (lambda: oc.clip_by_norm_range(1e10, None, norm=oc.leaf_norm), 1e-29),
         (lambda: oc.clip_by_leaf_norm(3e38, response=responses.normalize), 1e-10),
     ],
-    ids=["range", "normalize"],
+    ids=["range", "range of leaves", "normalize"],
 )
 def test_a_scale_above_the_largest_number_is_reported_as_this_number(make, x):
     """A block that is scaled up by more than the largest f32 leaves no inf in the state."""
@@ -401,7 +403,7 @@ def test_the_tree_that_the_error_names_works():
 # Shapes in place of parameters
 
 
-@of_table
+@quickly
 def test_init_takes_shapes_as_leaves(case):
     """`init` on `jax.ShapeDtypeStruct` leaves gives the state that arrays give, and the run goes on from it."""
     expected, state = case.tx.init(PARAMS), case.tx.init(shapes_of(PARAMS))
@@ -633,15 +635,20 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[full] * (n != "zclip")) for n in SWEEPS])
-def test_a_sweep_of_replays_is_one_program(name):
-    """`replay` over thresholds from a grid compiles nothing after the first, and nor does a second call."""
-    norms = np.abs(np.random.default_rng(0).normal(size=37))
-    oc.replay(SWEEPS[name](0.5), norms)
+def test_a_sweep_of_replays(name):
+    """`replay` over 50 thresholds is one program under `vmap`; one by one it gives the same, and no program is kept."""
+    norms, sweep = np.abs(np.random.default_rng(0).normal(size=37)), jnp.linspace(0.5, 2.5, 50)
     with compilations() as seen:
-        swept = [oc.replay(SWEEPS[name](number), norms) for number in np.linspace(0.5, 2.5, 50).tolist()]
-        oc.replay(SWEEPS[name](0.5), norms)
-    assert not seen
-    assert len({float(jnp.sum(each.clipped)) for each in swept}) > 1
+        together = jax.vmap(lambda number: oc.replay(SWEEPS[name](number), norms))(sweep)
+    assert 1 <= len(seen) < 10
+    one_by_one, counts = [], []
+    for number in sweep[::20].tolist():
+        one_by_one.append(oc.replay(SWEEPS[name](number), norms))
+        gc.collect()
+        counts.append(len(jax.devices()[0].client.live_executables()))
+    assert counts[-1] == counts[1]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *one_by_one)
+    chex.assert_trees_all_close(stacked, jax.tree.map(lambda x: x[::20], together), rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in (*CLIPS, *WRAPPERS)])
