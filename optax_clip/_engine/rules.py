@@ -37,8 +37,8 @@ def rule_of(init: Callable, update: Callable, own: Sequence = ("history",), inne
     return rule
 
 
-def fixed(value: Any, name: str) -> Fixed:
-    """The rule of a number, a scalar array, a schedule, or None."""
+def fixed(value: Any, name: str, low: float | None = 0.0) -> Fixed:
+    """The rule of a number, a scalar array, a schedule, or None. What is no norm may be below 0."""
     limit = math.inf if value is None else value
     update = lambda norm, state, _=None, /, *, step=0, **__: (value_at(limit, step, name), state)
     rule = Fixed(lambda norm: (), update)  # pyright: ignore[reportArgumentType]  # Optax has other names for arguments
@@ -48,15 +48,15 @@ def fixed(value: Any, name: str) -> Fixed:
         return rule
     kinds = "a number, a scalar array, a schedule, a rule, or None"
     why = "A negative bound would flip the sign of the update. Pass None for no bound."
-    checks.scalar(limit, name, low=0.0, kinds=kinds, why=why)
+    checks.scalar(limit, name, low, kinds=kinds, why=why)
     return rule
 
 
-def as_rule(value: Any, name: str) -> optax.GradientTransformationExtraArgs:
+def as_rule(value: Any, name: str, low: float | None = 0.0) -> optax.GradientTransformationExtraArgs:
     """The rule for any threshold."""
     if checks.is_transformation(value):
         return optax.with_extra_args_support(value)
-    return fixed(value, name)
+    return fixed(value, name, low)
 
 
 def as_rules(tree: Any, name: str) -> Any:

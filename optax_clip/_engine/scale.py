@@ -92,9 +92,9 @@ def _scaled(leaf: Any, scale: _Scale) -> jax.Array:
     return jnp.where(scale.same, x, (jax.lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(x.dtype))
 
 
-def _reported(threshold: Any) -> jax.Array:
+def _reported(threshold: Any, least: Any = 0.0) -> jax.Array:
     """The threshold as a finite number; NaN stays NaN."""
-    return jnp.clip(threshold, 0.0, _LARGEST).astype(jnp.float32)
+    return jnp.clip(threshold, least, _LARGEST).astype(jnp.float32)
 
 
 def _measured(groups: list[Group], thresholds: list, scales: list[_Scale], units: bool) -> Measured:
@@ -105,10 +105,8 @@ def _measured(groups: list[Group], thresholds: list, scales: list[_Scale], units
         return Measured(jnp.float32(_LARGEST), jnp.float32(1), jnp.float32(0))
     # A finite norm under a threshold of NaN counts as clipped, so that `skip_spikes` skips it.
     above = [~(group.norm <= t) & (group.norm < jnp.inf) for group, t in zip(groups, thresholds)]
-    most = _LARGEST / count
-    factors = [] if units else [jnp.where(s.same, 1.0, jnp.minimum(s.down * s.up, most)) for s in scales]
-    if count == 1 and not units:  # no mean, which would round
-        found = (_reported(thresholds[0]), *factors, *above)
+    if count == 1 and not units:  # no mean, which would round; a value that `skip_spikes` compares may be below 0
+        found = (_reported(thresholds[0], -_LARGEST), *factors, *above)
         return Measured(*(jnp.asarray(x, jnp.float32) for x in found))
 
     def total(arrays):
