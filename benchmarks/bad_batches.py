@@ -47,7 +47,7 @@ bad batches or not, so a method has to do both: bound the steps, and let no bad 
   `adagc()` a step counts as clipped where any leaf was.
 - clipped or skipped: share of all these steps in %.
 - longest skip: most steps skipped in a row, in any seed; 1 is the step with the NaN. Skipped steps enter no statistics,
-  so where the norms rise for good, skipping does not end by itself.
+  so where the norms rise for good, skipping ends at the `max_consecutive` of `skip_spikes`, 100 steps.
 
 Median gradient norm before clipping, in the run with the fixed clip: {norms}.
 """

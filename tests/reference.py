@@ -3,6 +3,8 @@
 Trees are flat dicts of arrays. `c` is a threshold > 0, `n` a norm, `p` the order of a norm.
 """
 
+import copy
+
 import numpy as np
 
 
@@ -246,3 +248,29 @@ class EachBlock:
 
     def __call__(self, norms):
         return np.array([rule(n) for rule, n in zip(self.rules, norms)])
+
+
+class SkipSpikes:
+    """A step is skipped if a number is above the threshold of its rule or not finite, and then enters no rule.
+
+    After `most` skipped steps in a row a finite step is taken, and all rules start afresh with it.
+    """
+
+    def __init__(self, *rules, most):
+        self.first, self.most, self.consecutive = rules, most, 0
+        self.rules = copy.deepcopy(rules)
+
+    def __call__(self, *numbers):
+        rules = copy.deepcopy(self.rules)
+        finite = np.isfinite(numbers).all()
+        above = [not x <= rule(x) for x, rule in zip(numbers, rules)]  # all rules see the step
+        spike = any(above) or not finite
+        if spike and not (finite and self.consecutive >= self.most):
+            self.consecutive += 1
+            return True
+        if spike:
+            rules = copy.deepcopy(self.first)
+            for x, rule in zip(numbers, rules):
+                rule(x)
+        self.rules, self.consecutive = rules, 0
+        return False

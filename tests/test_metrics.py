@@ -22,7 +22,7 @@ def clip_names(*paths: str) -> set:
 
 
 def skip_names(*paths: str) -> set:
-    numbers = ("norm", "threshold", "total", "consecutive")
+    numbers = ("norm", "norm_threshold", "by_norm", "total", "consecutive")
     return {"/".join(filter(None, ("skip", path, name))) for path in paths for name in numbers}
 
 
@@ -104,10 +104,10 @@ def test_measuring_without_clipping():
 
 
 def test_skipped_steps_have_names_of_their_own():
-    """`skip_spikes` gives the norm, the threshold, and how many steps were skipped, and counts as no clip."""
+    """`skip_spikes` gives norm, threshold, why the step was skipped, and how many steps were, and counts as no clip."""
     tx = oc.skip_spikes(optax.sgd(1.0), 1.0)
     metrics = after(tx, [GRADS, jax.tree.map(lambda x: x / 10, GRADS), GRADS, GRADS])
-    expected = {"norm": 5.0, "threshold": 1.0, "total": jnp.int32(3), "consecutive": jnp.int32(2)}
+    expected = {"norm": 5.0, "norm_threshold": 1.0, "by_norm": 1.0, "total": jnp.int32(3), "consecutive": jnp.int32(2)}
     chex.assert_trees_all_close(metrics, {f"skip/{name}": value for name, value in expected.items()})
 
 

@@ -32,8 +32,15 @@ def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
       A clip of units (`clip_by_unit_norm`, `adaptive_grad_clip`) has no threshold and no scale where a leaf has several
       units. The first clip is the first in the state. A clip that is added after it, or a wrapper around it, does not
       rename it; a clip that is added before it takes its names. The names of further clips hold the path of their
-      state, `clip/1/norm`, and may change with it. `skip_spikes` adds `skip/norm`, `skip/threshold`, `skip/total` and
-      `skip/consecutive`, the last two i32[].
+      state, `clip/1/norm`, and may change with it. `skip_spikes` adds names of its own:
+
+      - `skip/norm`, `skip/norm_threshold`: what was compared in this step, skipped or not.
+      - `skip/value`, `skip/value_threshold`: the same of the loss, only with a `value_threshold`.
+      - `skip/by_norm`, `skip/by_value`: 1 if this step was skipped and the norm, or the loss, was above its threshold
+        or not finite; else 0.
+      - `skip/total`, `skip/consecutive`: steps skipped so far, and in a row, i32[].
+
+      While there is no threshold yet, it is shown as the largest finite f32.
 
     Raises:
       ValueError: nothing in the state measures.
@@ -69,9 +76,11 @@ def _measured(tree: Any, above: tuple = ()) -> Iterator[tuple[tuple, str, dict[s
             values = (state.norm, state.threshold, state.clip_scale, state.clipped, state.clip_rate)
             yield (*above, *path), "clip", dict(zip(names, values))
         elif isinstance(state, SkipState):
-            names = ("norm", "threshold", "total", "consecutive")
-            values = (state.measured.norm, state.measured.threshold, state.total_skipped, state.consecutive_skipped)
-            yield (*above, *path), "skip", dict(zip(names, values))
+            values = {"total": state.total_skipped, "consecutive": state.consecutive_skipped}
+            for name, seen in (("norm", state.measured), ("value", state.measured_value)):
+                if seen is not None:
+                    values |= {name: seen.norm, f"{name}_threshold": seen.threshold, f"by_{name}": seen.clipped}
+            yield (*above, *path), "skip", values
             yield from _measured(state.inner_state, (*above, *path, jax.tree_util.GetAttrKey("inner_state")))
 
 
