@@ -340,6 +340,7 @@ def test_multi_steps_outside_sees_the_last_loss_only():
 # In compiled programs and on meshes
 
 
+@pytest.mark.full
 def test_compiled_is_eager_and_nothing_is_traced_twice():
     """Eager and compiled steps agree to the bit in what they decide; one trace serves all steps."""
     rule = thresholds.sigma_window(3.0, 4)
@@ -393,6 +394,7 @@ def test_vmap_over_thresholds():
     assert trees.step(tx, ONE, value=jnp.float32(0.0))[1].inner_state.total_skipped == 1
 
 
+@pytest.mark.full
 def test_derivatives_pass_a_skipped_step():
     """Derivatives by gradient and loss are finite, and those of the steps taken, where a loss is NaN."""
 
@@ -409,6 +411,7 @@ def test_derivatives_pass_a_skipped_step():
     assert np.any(slopes[0])
 
 
+@pytest.mark.full
 def test_sharded_like_one_device():
     """On a mesh, with gradients in shards, decisions are those of one device."""
     mesh, rule = trees.mesh(data=4), thresholds.z_score(3.0, 0.9, 4)
