@@ -1,11 +1,25 @@
 """Over which axes of a mesh the entries of a block are spread."""
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from optax_clip._engine.leaves import keystr, spread
+
+_types_speak = contextvars.ContextVar("types_speak", default=True)
+
+
+@contextlib.contextmanager
+def only_named_axes() -> Iterator[None]:
+    """Norms that are taken inside sum over the axes that the user named, and over no others, whatever the types say."""
+    token = _types_speak.set(False)
+    try:
+        yield
+    finally:
+        _types_speak.reset(token)
 
 
 def varying(x: jax.Array) -> frozenset[str]:
@@ -29,13 +43,14 @@ def names_for(axis_name: Any, updates: Any) -> list:
 
 def summed_over(values: Sequence[jax.Array], names: Sequence, paths: Sequence[tuple], *, units: bool) -> list:
     """The mesh axes to sum over for each leaf, by its type and by what `names_for` found."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, types_speak = jax.sharding.get_abstract_mesh(), _types_speak.get()
     manual = tuple(mesh.manual_axes)
     # With check_vma=False and in pmap even the index along an axis does not vary by its type.
     untyped = {name for name in manual if name not in varying(jax.lax.axis_index(name))}
 
     def of_leaf(value, given, path):
         varies = varying(value)
+        given = () if given is None and not types_speak else given
         if given is None and untyped:
             raise ValueError(
                 f"axis_name is missing: over which of the mesh axes {manual} the leaf {keystr(path)} is spread, its "
@@ -54,7 +69,7 @@ def summed_over(values: Sequence[jax.Array], names: Sequence, paths: Sequence[tu
             raise ValueError(
                 f"axis_name must name axes of the mesh {mesh.axis_names}, got {absent}. Pass some of these."
             )
-        given = bound if units else [*bound, *varies]
+        given = [*bound, *varies] if types_speak and not units else bound
         # A leaf that does not vary over an axis is whole on every device: counted once. Outside of a mesh all is whole.
         return tuple(sorted({n for n in given if n in untyped or n not in manual or n in varies}))
 
