@@ -18,10 +18,12 @@ from optax_clip.norms import block_rms, global_norm, group_norm, leaf_norm, unit
 from optax_clip.tools.metrics import clip_metrics
 from optax_clip.tools.replay import replay
 from optax_clip.tools.suggest import suggest_threshold
+from optax_clip.tools.worst import worst_leaves
 from optax_clip.weights.bounds import clip_weights, prune_weights, rescale_weights
 from optax_clip.weights.norms import clip_weight_norm
 from optax_clip.weights.projections import project_weights
 from optax_clip.wrappers.error_feedback import with_error_feedback
+from optax_clip.wrappers.per_example import per_example
 from optax_clip.wrappers.random import clip_randomly
 from optax_clip.wrappers.skip import SkipState, skip_spikes
 
@@ -32,8 +34,9 @@ __all__ += ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_unit_norm", "cl
 __all__ += ["clip_by_group_norm", "clip_by_norm_range"]
 __all__ += ["adaptive_grad_clip", "autoclip", "zclip", "adagc", "clip_by_sigma"]  # thresholds that adapt
 __all__ += ["clip_weights", "clip_weight_norm", "prune_weights", "rescale_weights", "project_weights"]  # weights
-__all__ += ["skip_spikes", "with_error_feedback", "clip_randomly"]  # around a clip or an optimizer
+__all__ += ["skip_spikes", "with_error_feedback", "clip_randomly", "per_example"]  # around a clip or an optimizer
 __all__ += ["clip_backward"]  # inside of the network
-__all__ += ["clip_metrics", "ClipState", "SkipState", "replay", "suggest_threshold"]  # see what was clipped
+__all__ += ["clip_metrics", "ClipState", "SkipState", "worst_leaves"]  # see what was clipped, and what went wrong
+__all__ += ["replay", "suggest_threshold"]  # choose a threshold
 __all__ += ["clip_by_norm", "global_norm", "leaf_norm", "unit_norm", "block_rms", "group_norm"]  # build a clip
 __all__ += ["thresholds", "responses"]

@@ -126,6 +126,14 @@ def weight_norm(weights, updates, c, p=2, axes=axes_by_rank):
     return unit_norm({name: wide(w) + wide(updates[name]) for name, w in weights.items()}, c, p, axes)
 
 
+def per_example(grads, c, response=shrink):
+    """Mean over the examples, the first axis, of g_i · response(n_i, c) / n_i. Examples with NaN or inf are zeros."""
+    count = len(next(iter(grads.values())))
+    each = [{name: wide(g)[i] for name, g in grads.items()} for i in range(count)]
+    good = [global_norm(example, c, response=response) for example in each if np.isfinite(flat(example)).all()]
+    return {name: sum(example[name] for example in good) / count for name in grads}
+
+
 class ErrorFeedback:
     """u = clip(g + d), then d = g + d - u, entry by entry, for any clip of a tree."""
 

@@ -43,6 +43,13 @@ def numbers(t):
     return {"bias": t, "dense": 2.0, "scale": None}
 
 
+def one_example(tx):
+    """A transformation of gradients of examples, as one of the gradients of a single example."""
+    in_front = lambda x: jnp.asarray(x)[None] if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) else x
+    update = lambda updates, *args, **kwargs: tx.update(jax.tree.map(in_front, updates), *args, **kwargs)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 OTHER_LEAVES = {"test_leaves_without_a_norm_come_back_as_they_are": "its tree of thresholds is for other leaves"}
 
 CLIPS = [
@@ -113,6 +120,7 @@ WRAPPERS = [
     ),
     Case("with_error_feedback", lambda t: oc.with_error_feedback(oc.clip_by_global_norm(t)), history=True),
     Case("clip_randomly", lambda t: oc.clip_randomly(oc.clip(t), 0.5), history=True),
+    Case("per_example", lambda t: one_example(oc.per_example(t)), reference="per_example"),
 ]
 
 TABLE = CLIPS + WEIGHTS + WRAPPERS

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optax_clip.clips.norms import ClipState
+from optax_clip.wrappers.per_example import PerExampleState
 from optax_clip.wrappers.skip import SkipState
 
 
@@ -16,7 +17,7 @@ def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
     inside jit and scan. It reads numbers that the step computed anyway.
 
     Args:
-      opt_state: an optimizer state that holds at least one `ClipState` or `SkipState`.
+      opt_state: an optimizer state of at least one norm clip, `per_example` or `skip_spikes`.
       prefix: what stands before all names. `"generator"` makes `generator/clip/norm` of `clip/norm`.
 
     Returns:
@@ -32,7 +33,8 @@ def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
       A clip of units (`clip_by_unit_norm`, `adaptive_grad_clip`) has no threshold and no scale where a leaf has several
       units. The first clip is the first in the state. A clip that is added after it, or a wrapper around it, does not
       rename it; a clip that is added before it takes its names. The names of further clips hold the path of their
-      state, `clip/1/norm`, and may change with it. `skip_spikes` adds names of its own:
+      state, `clip/1/norm`, and may change with it. `per_example` has means over examples, and adds `clip/dropped` and
+      `clip/dropped_total`, i32[]. `skip_spikes` adds names of its own:
 
       - `skip/norm`, `skip/norm_threshold`: what was compared in this step, skipped or not.
       - `skip/value`, `skip/value_threshold`: the same of the loss, only with a `value_threshold`.
@@ -69,12 +71,14 @@ def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
 
 def _measured(tree: Any, above: tuple = ()) -> Iterator[tuple[tuple, str, dict[str, Any]]]:
     """Path, kind and numbers of each state that measures, in the order of the tree."""
-    is_state = lambda x: isinstance(x, (ClipState, SkipState))
+    is_state = lambda x: isinstance(x, (ClipState, SkipState, PerExampleState))
     for path, state in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state):
-        if isinstance(state, ClipState):
+        if isinstance(state, (ClipState, PerExampleState)):
+            clip = state if isinstance(state, ClipState) else state.measured
             names = ("norm", "threshold", "scale", "clipped", "clip_rate")
-            values = (state.norm, state.threshold, state.clip_scale, state.clipped, state.clip_rate)
-            yield (*above, *path), "clip", dict(zip(names, values))
+            values = (clip.norm, clip.threshold, clip.clip_scale, clip.clipped, clip.clip_rate)
+            dropped = {name: getattr(state, name) for name in ("dropped", "dropped_total") if hasattr(state, name)}
+            yield (*above, *path), "clip", dict(zip(names, values)) | dropped
         elif isinstance(state, SkipState):
             values = {"total": state.total_skipped, "consecutive": state.consecutive_skipped}
             for name, seen in (("norm", state.measured), ("value", state.measured_value)):
