@@ -282,3 +282,62 @@ class SkipSpikes:
                 rule(x)
         self.rules, self.consecutive = rules, 0
         return False
+class TrackedQuantile:
+    """The threshold is the level, which then goes up or down; it starts from the first norm that is not 0."""
+
+    def __init__(self, percentile=90.0, rate=0.05):
+        self.q, self.rate, self.level = percentile / 100, rate, 0.0
+
+    def __call__(self, n):
+        if not np.isfinite(n):
+            return np.nan
+        level = self.level or n
+        self.level = level * np.exp(-self.rate * ((n <= level) - self.q))
+        return level
+
+
+# Clips that belong to Adam
+
+
+class StableAdam:
+    """Adam's step of each leaf over max(1, rms / d), rms² = mean of g² / max(v, eps²), v debiased."""
+
+    def __init__(self, b1=0.9, b2=0.999, eps=1e-8, d=1.0):
+        self.b1, self.b2, self.eps, self.d, self.t = b1, b2, eps, d, 0
+        self.m, self.v, self.rms = {}, {}, {}
+
+    def __call__(self, grads):
+        self.t += 1
+        return {name: self._leaf(name, wide(g)) for name, g in grads.items()}
+
+    def _leaf(self, name, g):
+        self.m[name] = self.b1 * self.m.get(name, 0.0) + (1 - self.b1) * g
+        self.v[name] = self.b2 * self.v.get(name, 0.0) + (1 - self.b2) * g**2
+        m, v = self.m[name] / (1 - self.b1**self.t), self.v[name] / (1 - self.b2**self.t)
+        self.rms[name] = np.sqrt(np.mean(g**2 / np.maximum(v, self.eps**2)))
+        return m / (np.sqrt(v) + self.eps) / max(1.0, self.rms[name] / self.d)
+
+
+class StableSpam:
+    """Entries above T, the debiased average of the largest, are scaled by T / max; then the norm is μ / (√ν + eps)."""
+
+    def __init__(self, decay_max=0.999, decay_mean=0.7, decay_square=0.9, eps=1e-8):
+        self.decays, self.eps, self.averages, self.t = (decay_max, decay_mean, decay_square), eps, {}, {}
+
+    def __call__(self, grads):
+        return {name: self._leaf(name, wide(g)) for name, g in grads.items()}
+
+    def _leaf(self, name, g):
+        if not np.all(np.isfinite(g)):
+            return np.full_like(g, np.nan)
+        t = self.t[name] = self.t.get(name, 0) + 1
+        largest, mean, square = self.averages.get(name, (0.0, 0.0, 0.0))
+        a, b, c = self.decays
+        m = np.max(np.abs(g))
+        largest = a * largest + (1 - a) * m
+        limit = largest / (1 - a**t)
+        g = np.where(np.abs(g) > limit, g * limit / m, g)
+        n = p_norm(g)
+        mean, square = b * mean + (1 - b) * n, c * square + (1 - c) * n**2
+        self.averages[name] = largest, mean, square
+        return scaled(g, n, mean / (1 - b**t) / (np.sqrt(square / (1 - c**t)) + self.eps), normalize)

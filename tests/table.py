@@ -83,6 +83,14 @@ CLIPS = [
     Case("zclip of units", lambda t: oc.zclip(t, 0.9, 2, norm=oc.unit_norm), history=True),
     Case("adagc", lambda t: oc.adagc(t, 0.9, 0.9, 2), history=True, reference="Adagc"),
     Case("clip_by_sigma", lambda t: oc.clip_by_sigma(t, 4), history=True, reference="ClipBySigma"),
+    Case("stable_spam", lambda t: oc.stable_spam(0.9, t), history=True, reference="StableSpam"),
+    Case(
+        "tracked_quantile",
+        lambda t: oc.clip_by_norm(oc.unit_norm, thresholds.tracked_quantile(t, 0.2)),
+        50.0,
+        history=True,
+        reference="TrackedQuantile",
+    ),
     Case(
         "minimum",
         lambda t: oc.clip_by_norm(oc.global_norm, thresholds.minimum(t, thresholds.z_score(1.0, 0.9, 2))),
@@ -95,6 +103,22 @@ CLIPS = [
     ),
     Case(
         "param_fraction", lambda t: oc.clip_by_norm(oc.leaf_norm, thresholds.param_fraction(t)), 0.1, needs_params=True
+    ),
+]
+
+ADAM = "its state is Adam's"
+OPTIMIZERS = [
+    Case(
+        "scale_by_stable_adam",
+        lambda t: oc.scale_by_stable_adam(max_rms=t),
+        history=True,
+        reference="StableAdam",
+        exempt={
+            "test_updates_and_state_keep_their_types": "Adam refuses strict promotion",
+            "test_leaves_without_a_norm_come_back_as_they_are": "Adam takes arrays of numbers alone",
+            "test_other_states_are_found_as_before": ADAM,
+            "test_map_params_gives_shardings_that_fit_the_state": ADAM,
+        },
     ),
 ]
 
@@ -123,7 +147,7 @@ WRAPPERS = [
     Case("per_example", lambda t: one_example(oc.per_example(t)), reference="per_example"),
 ]
 
-TABLE = CLIPS + WEIGHTS + WRAPPERS
+TABLE = CLIPS + OPTIMIZERS + WEIGHTS + WRAPPERS
 
 of_table = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[] if case.quick else pytest.mark.full) for case in TABLE]

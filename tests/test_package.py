@@ -19,7 +19,7 @@ from optax_clip import plot, responses, thresholds
 FOLDER = pathlib.Path(optax_clip.__file__).parent  # of the package, wherever it is installed
 ROOT = pathlib.Path(__file__).parents[1]
 # A module imports only from its own room and from rooms after it.
-ROOMS = ["__main__", "plot", "tools", "wrappers", "backward", "weights", "clips"]
+ROOMS = ["__main__", "plot", "tools", "wrappers", "optimizers", "backward", "weights", "clips"]
 ROOMS += ["norms", "responses", "thresholds", "_engine"]
 MODULES = {  # path by name, a room with several files under its own name
     ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__"): path
@@ -44,6 +44,7 @@ SIGNATURES = {
         "adagc(max_norm=1.0, max_ratio=1.05, decay=0.98, warmup_steps=100, *, "
         "norm=None, axis_name=None, response=None)",
         "clip_by_sigma(sigmas=3.0, window=128, *, norm=None, axis_name=None, response=None)",
+        "stable_spam(decay_max=0.999, decay_mean=0.7, decay_square=0.9, eps=1e-08, *, axis_name=None)",
         "clip_weights(max_value)",
         "clip_weight_norm(max_norm, axis=None, *, ord=None, axis_name=None, response=None)",
         "prune_weights(threshold)",
@@ -54,6 +55,8 @@ SIGNATURES = {
         "clip_randomly(clip, probability, seed=0, *, per='element')",
         "per_example(max_norm, *, norm=None, response=None, reduce='mean')",
         "clip_backward(x, clip)",
+        "scale_by_stable_adam(b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, *, "
+        "nesterov=False, max_rms=1.0, axis_name=None)",
         "clip_metrics(opt_state, prefix='')",
         "ClipState(clip_step, norm, threshold, clip_scale, clipped, clip_rate, rule)",
         "SkipState(total_skipped, consecutive_skipped, measured, measured_value, inner_state)",
@@ -72,6 +75,7 @@ SIGNATURES = {
     thresholds: [
         "z_score(z_max=2.5, decay=0.97, warmup_steps=25, *, spike='rescale', factor=None)",
         "quantile(percentile=10.0, window=1024)",
+        "tracked_quantile(percentile=90.0, rate=0.05)",
         "sigma_window(sigmas=3.0, window=128)",
         "ema_ratio(max_norm=1.0, max_ratio=1.05, decay=0.98, warmup_steps=100)",
         "param_fraction(fraction, eps=0.001)",
