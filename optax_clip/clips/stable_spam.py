@@ -51,7 +51,7 @@ def stable_spam(
     `clip_by_norm(leaf_norm, rule, responses.normalize)`: after it norms are near 1, lower where norms scatter.
 
     Args:
-      decay_max: decay of T, the paper's γ3 (θ in the authors' code), in [0, 1], a number or traced scalar.
+      decay_max: decay of T, the paper's γ3, in [0, 1], a number or traced scalar.
       decay_mean: decay of μ, the paper's γ1, likewise.
       decay_square: decay of ν, the paper's γ2, likewise.
       eps: what is added to √ν, >= 0, likewise.
