@@ -11,7 +11,7 @@ import pytest
 import reference
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import mesh, small, step, tolerance
+from trees import mesh, mixed, small, step, tolerance
 
 import optax_clip as oc
 from optax_clip import thresholds
@@ -240,3 +240,28 @@ def test_states_of_others_are_refused():
     other = oc.scale_by_stable_adam(max_rms={"bias": 1.0})
     with pytest.raises(ValueError, match=r"^max_rms must be one value or a prefix of the tree"):
         other.init(SPIKES[0])
+
+
+def test_leaves_of_several_dtypes():
+    """In a tree of f16, bf16 and f32, moments, steps and their dtypes are Adam's where nothing is clipped."""
+    samples = [{name: jax.tree.leaves(x)[0] for name, x in mixed(seed).items()} for seed in (0, 1)]
+    assert len({x.dtype for x in samples[0].values()}) == 3
+    expected, moments = run(ADAM, samples)
+    steps, state = run(oc.scale_by_stable_adam(max_rms=None), samples)
+    chex.assert_trees_all_equal_shapes_and_dtypes((steps, state.adam), (expected, moments))
+    chex.assert_trees_all_equal((steps, state.adam), (expected, moments))
+    assert jnp.isfinite(state.measured.norm)
+
+
+def test_eps_and_eps_root_are_in_the_rms():
+    """The rms divides by the larger of eps and the root of v̂ + eps_root, so derivatives are finite where g is 0."""
+    g = jnp.array([3.0, 4.0])
+    for options, divisor in (({"eps_root": 16.0}, np.sqrt(np.square(g) + 16)), ({"eps": 3.5}, np.maximum(g, 3.5))):
+        tx = oc.scale_by_stable_adam(max_rms=0.5, **options)
+        steps, state = step(tx, g)
+        rms = reference.rms(g / divisor)
+        np.testing.assert_allclose(state.measured.norm, rms, rtol=1e-5)
+        free, _ = step(optax.scale_by_adam(**options), g)
+        np.testing.assert_allclose(steps, free * 0.5 / rms, rtol=1e-5)
+    tx = oc.scale_by_stable_adam(eps_root=1e-6)
+    chex.assert_tree_all_finite(jax.jacobian(lambda g: tx.update(g, tx.init(g))[0])(jnp.zeros(2)))
