@@ -81,7 +81,7 @@ def minimum(*thresholds: Any) -> optax.GradientTransformationExtraArgs:
     if not thresholds:
         raise ValueError("thresholds must not be empty. At least one is required. Pass numbers or rules.")
     rules = [as_rule(value, f"thresholds[{i}]") for i, value in enumerate(thresholds)]
-    return _together(rules, lambda norm, found: functools.reduce(jnp.minimum, found))
+    return together(rules, lambda norm, found: functools.reduce(jnp.minimum, found))
 
 
 def between(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
@@ -91,10 +91,10 @@ def between(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
         least, most = (jnp.maximum(value, 0.0) for value in found)
         return jnp.minimum(jnp.maximum(norm, least), most)
 
-    return _together([as_rule(low, "min_norm"), as_rule(high, "max_norm")], moved)
+    return together([as_rule(low, "min_norm"), as_rule(high, "max_norm")], moved)
 
 
-def _together(rules: Sequence, combine: Callable) -> optax.GradientTransformationExtraArgs:
+def together(rules: Sequence, combine: Callable) -> optax.GradientTransformationExtraArgs:
     """The rule whose threshold is `combine(norm, thresholds of the rules)`."""
 
     def update(norm, states, param_norm=None, /, **context):
