@@ -15,28 +15,21 @@ from optax_clip._engine.rules import rule_of
 from optax_clip.clips.norms import ClipState, clip_by_norm
 from optax_clip.norms import leaf_norm
 from optax_clip.responses import normalize
+from optax_clip.thresholds.combine import together
 
 
 class StableSpamState(NamedTuple):
     """What the two clips measured and keep. Read it with `clip_metrics`."""
 
-    entry_clip: ClipState  # of the largest magnitude of each leaf; rule: a `PeakState`
-    norm_clip: ClipState  # of the norm of each leaf after the clip of entries; rule: a `MomentsState`
+    entry_clip: ClipState  # of the largest magnitude of each leaf; rule: an `AverageState`
+    norm_clip: ClipState  # of the norm of each leaf after the clip of entries; rule: two of these
 
 
-class PeakState(NamedTuple):
-    """The average of the largest magnitudes of one leaf."""
-
-    seen: jax.Array  # i32[]: steps so far, saturates
-    mean: jax.Array  # f32[]: debiased
-
-
-class MomentsState(NamedTuple):
-    """The moments of the norms of one leaf."""
+class AverageState(NamedTuple):
+    """An exponential average of the norms of one leaf."""
 
     seen: jax.Array  # i32[]: steps so far, saturates
-    mean: jax.Array  # f32[]: debiased
-    root: jax.Array  # f32[]: the root of the mean square, debiased
+    mean: jax.Array  # f32[]: debiased; of squares, its root
 
 
 def stable_spam(
@@ -58,7 +51,7 @@ def stable_spam(
       axis_name: mesh axes that a leaf is spread over, where types do not tell (`shard_map(check_vma=False)`, `pmap`).
 
     Returns:
-      A transformation with the state `StableSpamState`: two `ClipState`s, which hold 20 bytes for each leaf.
+      A transformation with the state `StableSpamState`: two `ClipState`s, which hold 24 bytes for each leaf.
 
     Raises:
       ValueError: an argument is out of range.
@@ -92,8 +85,10 @@ def stable_spam(
     checks.scalar(eps, "eps", 0.0)
     measure = functools.partial(leaf_norm, axis_name=axis_name)
     largest = functools.partial(measure, ord=math.inf)
-    of_peaks: Any = clip_by_norm(largest, _peak(decay_max))
-    of_norms: Any = clip_by_norm(measure, _moments(decay_mean, decay_square, eps), normalize)
+    of_peaks: Any = clip_by_norm(largest, _average(decay_max))
+    moments = _average(decay_mean), _average(decay_square, of_squares=True)
+    ratio = together(moments, lambda norm, found: found[0] / (found[1] + cast(eps, norm.dtype)))
+    of_norms: Any = clip_by_norm(measure, ratio, normalize)
 
     def init_fn(params):
         return StableSpamState(of_peaks.init(params), of_norms.init(params))
@@ -120,38 +115,21 @@ def _below(x: jax.Array, peak: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x).astype(limit.dtype) > limit, scaled.astype(x.dtype), x)
 
 
-def _weight(decay: Any, seen: jax.Array, dtype: Any) -> jax.Array:
-    """Of the newest of `seen` numbers, in their debiased average."""
-    # Not above 1 by a rounding: the root of what is left would be NaN.
-    return jnp.minimum(gathered(decay, jnp.ones_like(seen), dtype) / gathered(decay, seen, dtype), 1.0)
-
-
-def _peak(decay: Any) -> optax.GradientTransformationExtraArgs:
-    """The rule of the first clip: the average of the norms."""
+def _average(decay: Any, *, of_squares: bool = False) -> optax.GradientTransformationExtraArgs:
+    """The debiased exponential average of the norms, or the root of that of their squares, as a rule."""
 
     def init(norm):
-        return PeakState(jnp.zeros_like(norm, jnp.int32), jnp.zeros_like(norm))
+        return AverageState(jnp.zeros_like(norm, jnp.int32), jnp.zeros_like(norm))
 
     def update(norm, state, _=None, /, **__):
         seen = next_step(state.seen)
-        mean = state.mean + _weight(decay, seen, norm.dtype) * (norm - state.mean)
-        return mean, PeakState(seen, mean)
-
-    return rule_of(init, update)
-
-
-def _moments(decay_mean: Any, decay_square: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
-    """The rule of the second clip: mean over root mean square."""
-
-    def init(norm):
-        return MomentsState(jnp.zeros_like(norm, jnp.int32), jnp.zeros_like(norm), jnp.zeros_like(norm))
-
-    def update(norm, state, _=None, /, **__):
-        seen = next_step(state.seen)
-        of_mean, of_square = (_weight(decay, seen, norm.dtype) for decay in (decay_mean, decay_square))
-        mean = state.mean + of_mean * (norm - state.mean)
-        # Roots rather than squares, which would leave the range of f32 for good.
-        root = jnp.hypot(jnp.sqrt(1 - of_square) * state.root, jnp.sqrt(of_square) * norm)
-        return mean / (root + cast(eps, norm.dtype)), MomentsState(seen, mean, root)
+        # Of the newest norm. Not above 1 by a rounding: the root of what is left would be NaN.
+        one, all_seen = (gathered(decay, count, norm.dtype) for count in (jnp.ones_like(seen), seen))
+        weight = jnp.minimum(one / all_seen, 1.0)
+        if of_squares:  # roots rather than squares, which would leave the range of f32 for good
+            mean = jnp.hypot(jnp.sqrt(1 - weight) * state.mean, jnp.sqrt(weight) * norm)
+        else:
+            mean = state.mean + weight * (norm - state.mean)
+        return mean, AverageState(seen, mean)
 
     return rule_of(init, update)
