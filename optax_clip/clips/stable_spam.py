@@ -51,7 +51,7 @@ def stable_spam(
       axis_name: mesh axes that a leaf is spread over, where types do not tell (`shard_map(check_vma=False)`, `pmap`).
 
     Returns:
-      A transformation with the state `StableSpamState`: two `ClipState`s, which hold 24 bytes for each leaf.
+      A transformation with the state `StableSpamState`: two `ClipState`, in whose rules are 24 bytes for each leaf.
 
     Raises:
       ValueError: an argument is out of range.
