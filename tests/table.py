@@ -125,6 +125,12 @@ OPTIMIZERS = [
 WEIGHTS = [
     Case("clip_weights", oc.clip_weights, needs_params=True),
     Case("clip_weight_norm", oc.clip_weight_norm, needs_params=True),
+    Case(
+        "hold_weight_norm",
+        lambda t: oc.hold_weight_norm(),
+        needs_params=True,
+        history=True,
+    ),
     Case("prune_weights", oc.prune_weights, needs_params=True),
     Case("rescale_weights", lambda t: oc.rescale_weights(-0.25, t), needs_params=True),
     Case(

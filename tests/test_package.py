@@ -50,6 +50,7 @@ SIGNATURES = {
         "prune_weights(threshold)",
         "rescale_weights(low, high, *, axis_name=None)",
         "project_weights(projection)",
+        "hold_weight_norm(norm=None, *, axis_name=None)",
         "skip_spikes(inner, threshold=None, *, norm=None, axis_name=None, value_threshold=None, max_consecutive=100)",
         "with_error_feedback(clip, *, accumulator_dtype=None)",
         "clip_randomly(clip, probability, seed=0, *, per='element')",
