@@ -21,6 +21,7 @@ from optax_clip.tools.metrics import clip_metrics
 from optax_clip.tools.replay import replay
 from optax_clip.tools.suggest import suggest_threshold
 from optax_clip.tools.worst import worst_leaves
+from optax_clip.weights.attention import QK, clip_qk
 from optax_clip.weights.bounds import clip_weights, prune_weights, rescale_weights
 from optax_clip.weights.norms import clip_weight_norm, hold_weight_norm
 from optax_clip.weights.projections import project_weights
@@ -36,7 +37,7 @@ __all__ += ["clip_by_global_norm", "clip_by_leaf_norm", "clip_by_unit_norm", "cl
 __all__ += ["clip_by_group_norm", "clip_by_norm_range"]
 __all__ += ["adaptive_grad_clip", "autoclip", "zclip", "adagc", "clip_by_sigma", "stable_spam"]  # thresholds that adapt
 __all__ += ["clip_weights", "clip_weight_norm", "prune_weights", "rescale_weights", "project_weights"]  # weights
-__all__ += ["hold_weight_norm"]
+__all__ += ["hold_weight_norm", "clip_qk", "QK"]
 __all__ += ["skip_spikes", "with_error_feedback", "clip_randomly", "per_example"]  # around a clip or an optimizer
 __all__ += ["clip_backward"]  # inside of the network
 __all__ += ["scale_by_stable_adam"]  # in place of Adam

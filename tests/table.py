@@ -122,6 +122,19 @@ OPTIMIZERS = [
     ),
 ]
 
+def with_logits(tx, max_logits):
+    """The transformation with the logits that each step passes to it."""
+    update = lambda updates, state, params=None, **extra: tx.update(
+        updates, state, params, max_logits=max_logits, **extra
+    )
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def one_head(path, leaf):
+    """Each leaf with an axis is the queries of one head."""
+    return oc.QK("attention", axis=0, heads=1) if leaf.ndim else None
+
+
 WEIGHTS = [
     Case("clip_weights", oc.clip_weights, needs_params=True),
     Case("clip_weight_norm", oc.clip_weight_norm, needs_params=True),
@@ -131,6 +144,7 @@ WEIGHTS = [
         needs_params=True,
         history=True,
     ),
+    Case("clip_qk", lambda t: with_logits(oc.clip_qk(one_head, t), {"attention": jnp.array([2.0])}), needs_params=True),
     Case("prune_weights", oc.prune_weights, needs_params=True),
     Case("rescale_weights", lambda t: oc.rescale_weights(-0.25, t), needs_params=True),
     Case(

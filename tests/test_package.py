@@ -51,6 +51,8 @@ SIGNATURES = {
         "rescale_weights(low, high, *, axis_name=None)",
         "project_weights(projection)",
         "hold_weight_norm(norm=None, *, axis_name=None)",
+        "clip_qk(parts, max_logit=100.0, *, axis_name=None)",
+        "QK(attention, axis, share, heads)",
         "skip_spikes(inner, threshold=None, *, norm=None, axis_name=None, value_threshold=None, max_consecutive=100)",
         "with_error_feedback(clip, *, accumulator_dtype=None)",
         "clip_randomly(clip, probability, seed=0, *, per='element')",

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optax_clip.clips.norms import ClipState
+from optax_clip.weights.attention import QKClipState
 from optax_clip.wrappers.per_example import PerExampleState
 from optax_clip.wrappers.skip import SkipState
 
@@ -34,7 +35,8 @@ def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
       units. The first clip is the first in the state. A clip that is added after it, or a wrapper around it, does not
       rename it; a clip that is added before it takes its names. The names of further clips hold the path of their
       state, `clip/1/norm`, and may change with it. `per_example` has means over examples, and adds `clip/dropped` and
-      `clip/dropped_total`, i32[]. `skip_spikes` adds names of its own:
+      `clip/dropped_total`, i32[]. `clip_qk` adds `qk/max_logit` and `qk/clipped`, the share of heads. `skip_spikes`
+      adds names of its own:
 
       - `skip/norm`, `skip/norm_threshold`: what was compared in this step, skipped or not.
       - `skip/value`, `skip/value_threshold`: the same of the loss, only with a `value_threshold`.
@@ -71,7 +73,7 @@ def clip_metrics(opt_state: Any, prefix: str = "") -> dict[str, jax.Array]:
 
 def _measured(tree: Any, above: tuple = ()) -> Iterator[tuple[tuple, str, dict[str, Any]]]:
     """Path, kind and numbers of each state that measures, in the order of the tree."""
-    is_state = lambda x: isinstance(x, (ClipState, SkipState, PerExampleState))
+    is_state = lambda x: isinstance(x, (ClipState, SkipState, PerExampleState, QKClipState))
     for path, state in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state):
         if isinstance(state, (ClipState, PerExampleState)):
             clip = state if isinstance(state, ClipState) else state.measured
@@ -79,6 +81,8 @@ def _measured(tree: Any, above: tuple = ()) -> Iterator[tuple[tuple, str, dict[s
             values = (clip.norm, clip.threshold, clip.clip_scale, clip.clipped, clip.clip_rate)
             dropped = {name: getattr(state, name) for name in ("dropped", "dropped_total") if hasattr(state, name)}
             yield (*above, *path), "clip", dict(zip(names, values)) | dropped
+        elif isinstance(state, QKClipState):
+            yield (*above, *path), "qk", {"max_logit": state.max_logit, "clipped": state.heads_clipped}
         elif isinstance(state, SkipState):
             values = {"total": state.total_skipped, "consecutive": state.consecutive_skipped}
             for name, seen in (("norm", state.measured), ("value", state.measured_value)):
