@@ -315,12 +315,16 @@ REFUSED = {
     "parts must be a function, got str": lambda: clip_qk("query"),
     "max_logit must be >= 0, got -1": lambda: clip_qk(everything(), -1.0),
     "max_logit must be a number, got nan": lambda: clip_qk(everything(), np.nan),
-    r"parts must return a QK for some leaves, got None for all of \[\"\['k'\]\"": lambda: clip_qk(
+    r"parts must return a QK for some leaves, got None for \[\"\['k'\]\"": lambda: clip_qk(
         lambda path, leaf: None
     ).init(WEIGHTS),
     "parts must return None or a QK that fits the leaf, got str 'a' for": lambda: clip_qk(lambda p, w: "a").init(ZEROS),
     "parts must return None or a QK .*axis=3.* for .*'k'.* of shape": lambda: clip_qk(everything(axis=3)).init(ZEROS),
     "parts must return None or a QK .*axis=.1, 1.*": lambda: clip_qk(everything(axis=(1, 1))).init(ZEROS),
+    "axis must be None, an int": lambda: clip_qk(everything(axis="heads")).init(ZEROS),
+    "heads must be an int, got float": lambda: clip_qk(everything(heads=2.5)).init(ZEROS),
+    "heads must be >= 1": lambda: clip_qk(everything(heads=-1)).init(ZEROS),
+    "parts must return None or a QK .*share='x'": lambda: clip_qk(everything(share="x")).init(ZEROS),
     "parts must return None or a QK .*share=array": lambda: clip_qk(everything(share=np.ones(7))).init(ZEROS),
     r"max_logits must have .* of \['a'\], as parts names them, got None. Call update\(updates, ": refused({}),
     r"max_logits must have .* got those of \['b'\]": refused({"max_logits": {"b": jnp.ones(4)}}),

@@ -93,7 +93,7 @@ def clip_qk(
         rows = rows_of(params)
         if rows and not any(part for *_, part in rows):
             raise ValueError(
-                f"parts must return a QK for some leaves, got None for all of {[keystr(path) for path, *_ in rows]}. "
+                f"parts must return a QK for some leaves, got None for {[keystr(row[0]) for row in rows[:4]]} and all. "
                 "Name the leaves that make queries and keys."
             )
         return QKClipState(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
@@ -142,14 +142,17 @@ def _fitting(part: Any, path: tuple, leaf: Any) -> QK | None:
     if part is None:
         return None
     shape, (_, axis, share, _) = jnp.shape(leaf), part if isinstance(part, QK) else QK("", ())
-    axes = tuple(a + len(shape) if a < 0 else a for a in np.ravel(axis).tolist())
+    given: Any = checks.axes(axis) or ()
+    axes = tuple(a + len(shape) if a < 0 else a for a in given)
     broadcasts = jnp.ndim(share) <= len(shape) and all(n in (1, m) for n, m in zip(jnp.shape(share)[::-1], shape[::-1]))
-    if not axes or len(set(axes)) < len(axes) or not set(axes) <= set(range(len(shape))) or not broadcasts:
+    distinct = len(set(axes) & set(range(len(shape)))) == len(axes) > 0
+    if not (distinct and broadcasts and checks.is_real(share)):
         raise ValueError(
             f"parts must return None or a QK that fits the leaf, got {checks.show(part)} for {keystr(path)} of shape "
             f"{shape}. The axis is that of heads, or (layers, heads); the share broadcasts against the leaf."
         )
-    return part._replace(axis=axes)
+    heads = part.heads if part.heads is None else checks.static(part.heads, "heads", 1, integer=True)
+    return part._replace(axis=axes, heads=heads)
 
 
 def _of_heads(max_logits: Any, path: tuple, weight: jax.Array, part: QK, axis_name: Any) -> tuple:
@@ -159,7 +162,7 @@ def _of_heads(max_logits: Any, path: tuple, weight: jax.Array, part: QK, axis_na
     logits = jnp.max(jnp.where(jnp.isnan(logits), jnp.inf, logits), tuple(range(logits.ndim - len(part.axis))))
     *layers, entries = (weight.shape[axis] for axis in part.axis)
     heads = part.heads or entries
-    if logits.shape[:-1] != tuple(layers) or heads < 1 or logits.shape[-1] % heads or entries % heads:
+    if logits.shape[:-1] != tuple(layers) or logits.shape[-1] % heads or entries % heads:
         raise ValueError(
             f"max_logits[{part.attention!r}] must end in an axis for each of {part.axis} of {keystr(path)}, got shape "
             f"{jnp.shape(max_logits)} where the leaf has {(*layers, entries)}, and {heads} heads. Keys may have fewer "
