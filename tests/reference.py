@@ -282,6 +282,8 @@ class SkipSpikes:
                 rule(x)
         self.rules, self.consecutive = rules, 0
         return False
+
+
 class TrackedQuantile:
     """The threshold is the level, which then goes up or down; it starts from the first norm that is not 0."""
 

@@ -122,6 +122,7 @@ OPTIMIZERS = [
     ),
 ]
 
+
 def with_logits(tx, max_logits):
     """The transformation with the logits that each step passes to it."""
     update = lambda updates, state, params=None, **extra: tx.update(

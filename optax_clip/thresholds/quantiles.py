@@ -66,7 +66,7 @@ def quantile(percentile: Any = 10.0, window: int = 1024) -> optax.GradientTransf
         rest = jnp.where(
             places < jnp.sum(state.ascending < oldest, dtype=jnp.int32),
             state.ascending,
-            _shifted(state.ascending, jnp.finfo(norm.dtype).max),
+            _shifted(state.ascending, float(jnp.finfo(norm.dtype).max)),
         )
         ascending = jnp.maximum(_shifted(rest, 0.0, by=-1), jnp.minimum(rest, norm))
         state = pushed(state._replace(ascending=ascending), norm)

@@ -82,7 +82,8 @@ def clip_qk(
       Kimi Team, Kimi K2, 2025, arXiv 2507.20534. Its factor is min(1, τ / logit), of which there is no root where the
       logit is negative; here it is 1.
     """
-    checks.function(parts, "parts", example='lambda path, leaf: QK("attention") if "query" in str(path) else None')
+    example = 'lambda path, leaf: QK("attention") if "query" in str(path) else None'
+    checks.function(parts, "parts", ("path", "leaf"), f"For example: {example}.")
     checks.scalar(max_logit, "max_logit", 0.0)
 
     def rows_of(weights):

@@ -110,7 +110,7 @@ def hold_weight_norm(
       Hyperball, arXiv 2606.16899, for matrices. levanter's code takes the norm before each step, which drifts.
     """
     norm = with_axis_name(norm, _matrix_norm, axis_name)
-    checks.function(norm, "norm", example="functools.partial(unit_norm, axis=(1, 2))")
+    checks.function(norm, "norm", ("updates",), "For example: functools.partial(unit_norm, axis=(1, 2)).")
     hold = rule_of(jnp.zeros_like, lambda _, held, *__, **___: (jnp.where(held == 0, jnp.inf, held), held))
 
     def measured(tree) -> tuple[engine.Blocks, Any]:
