@@ -138,12 +138,12 @@ def test_what_asks_for_axis_name_takes_it(case):
 
 
 @quickly
-@pytest.mark.parametrize("size", [1.0, 0.0], ids=["parameters", "parameters of 0"])
-def test_debug_nans_where_nothing_is_compiled(case, size):
+def test_debug_nans_where_nothing_is_compiled(case):
     """No NaN appears on the way with narrow floats and a None in the tree, and for weights and updates of 0."""
     with jax.debug_nans(True), jax.disable_jit():
-        clipped, _ = run(case.tx, [narrow(1), narrow(0, 0.0), narrow(2, 3.0)], params=narrow(9, size), step=eager)
-    chex.assert_tree_all_finite(clipped)
+        clipped, _ = run(case.tx, [narrow(1), narrow(0, 0.0), narrow(2, 3.0)], params=narrow(9), step=eager)
+        of_zero, _ = run(case.tx, [narrow(1)], params=narrow(9, 0.0), step=eager)
+    chex.assert_tree_all_finite((clipped, of_zero))
 
 
 @of_open
@@ -330,7 +330,7 @@ OF_TREES = {
 }
 
 
-@pytest.mark.parametrize("wrap", ["masked", "leaves", "partition"])
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[full] * (n not in ("clip", "clip_by_leaf_norm", "labels"))) for n in OF_TREES]
 )
@@ -338,8 +338,7 @@ def test_masked_modules_need_no_threshold(name, wrap):
     """A tree of thresholds or labels for all leaves works inside of `masked` and `partition` by module or leaf."""
     tx = OF_TREES[name]()
     tx = {
-        "masked": lambda: optax.masked(tx, {"enc": True, "head": False}),
-        "leaves": lambda: optax.masked(tx, {"enc": {"w": True, "b": False}, "head": {"w": False}}),
+        "masked": lambda: optax.masked(tx, {"enc": {"w": True, "b": False}, "head": False}),
         "partition": lambda: optax.partition({"x": tx, "y": optax.identity()}, {"enc": "x", "head": "y"}),
     }[wrap]()
     (first, second), _ = run(tx, [MODULES, MODULES], params=MODULES)
@@ -624,13 +623,9 @@ def test_a_misspelled_axis():
 # Programs that are compiled again
 
 SWEEPS = {
-    "clip_by_global_norm": lambda number: oc.clip_by_global_norm(number),
     "clip_by_leaf_norm": lambda number: oc.clip_by_leaf_norm(number, response=responses.smooth),
-    "clip_by_norm_range": lambda number: oc.clip_by_norm_range(0.1, number),
     "autoclip": lambda number: oc.autoclip(10 * number, 8),
     "zclip": lambda number: oc.zclip(number),
-    "adagc": lambda number: oc.adagc(number),
-    "clip_by_sigma": lambda number: oc.clip_by_sigma(number, 8),
 }
 
 
