@@ -29,29 +29,34 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--examples", type=int, default=32)
-    parser.add_argument("--positions", type=int, default=1, help="of an example, at which parameters are used")
+    parser.add_argument("--positions", type=int, nargs="*", default=[], help="of an example: one after another")
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     keys = jax.random.split(jax.random.key(0), arguments.layers + 1)
     shape = arguments.width, arguments.width
     params = [1.5 * jax.random.normal(key, shape) / arguments.width**0.5 for key in keys[1:]]
-    batch = jax.random.normal(keys[0], (arguments.examples, arguments.positions, arguments.width))
+    batch = jax.random.normal(keys[0], (arguments.examples, *arguments.positions, arguments.width))
     gradients = jax.vmap(jax.grad(loss), (None, 0))
-    ours, clip = optax_clip.per_example(1.0, reduce="sum"), optax_clip.clip_by_global_norm(1.0)
+    clip, one = optax_clip.per_example(1.0, reduce="sum"), optax_clip.clip_by_global_norm(1.0)
 
-    def vmapped(grads):
-        one = lambda grads: clip.update(grads, None)[0]
-        return jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(grads))
+    def ours(params, x):
+        return clip.update(gradients(params, x), None)[0]
 
-    ways = {
-        "per_example": lambda grads: ours.update(grads, None)[0],
-        "optax": lambda grads: optax.per_example_global_norm_clip(grads, 1.0)[0],
-        "vmap of a clip": vmapped,
-    }
-    programs = {
-        name: jax.jit(lambda p, x, way=way: way(gradients(p, x))).lower(params, batch).compile()
-        for name, way in ways.items()
-    }
+    def optaxs(params, x):
+        return optax.per_example_global_norm_clip(gradients(params, x), 1.0)[0]
+
+    def of_one(grads):
+        return one.update(grads, None)[0]
+
+    def vmapped(params, x):
+        return jax.tree.map(lambda x: x.sum(0), jax.vmap(of_one)(gradients(params, x)))
+
+    ways = {"per_example": ours, "optax": optaxs, "vmap of a clip": vmapped}
+    for size in (8, 1) if hasattr(optax, "microbatching") else ():
+        ways[f"microbatch {size}"] = optax.microbatching.microbatch(ours, 1, size)
+        options = {"keep_batch_dim": False, "microbatch_size": size, "transform_fn": of_one}
+        ways[f"micro_grad {size}"] = optax.microbatching.micro_grad(loss, **options)
+    programs = {name: jax.jit(way).lower(params, batch).compile() for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(arguments.rounds):
         for name in random.sample(list(programs), len(programs)):
