@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_clip._engine import checks
-from optax_clip._engine.leaves import is_counted, keystr, wide, widest
+from optax_clip._engine.leaves import is_counted, wide, widest
 from optax_clip.norms import leaf_norm
 
 _NOWHERE = np.uint32(2**32 - 1)
@@ -73,20 +73,19 @@ def worst_leaves(tree: Any, k: int = 5) -> Leaves:
       out float32[4]: norm 6, largest 3 at [0]
     """
     k = checks.static(k, "k", 1, integer=True)
-    leaves = [(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_counted(leaf)]
-    for path, leaf in leaves:
-        if isinstance(leaf, Tracer):
-            raise TypeError(
-                f"tree must hold known values, got a traced array at {keystr(path)}. Inside jit no value is known. "
-                "Return the tree from the compiled function, and call worst_leaves there."
-            )
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/") or "the root"
+    leaves = [(name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_counted(leaf)]
+    if traced := [path for path, leaf in leaves if isinstance(leaf, Tracer)]:
+        raise TypeError(
+            f"tree must hold known values, got a traced array at {traced[0]}. Inside jit no value is known. Return the "
+            "tree from the compiled function, and call worst_leaves there."
+        )
     arrays = [jnp.asarray(leaf) for _, leaf in leaves]
     measured: Any = jax.device_get(_measured(arrays)) if arrays else ([], [])
     rows = []
     for (path, _), x, (nans, infs, place), (norm, largest) in zip(leaves, arrays, *measured):
         at = tuple(map(int, np.unravel_index(min(place, x.size - 1), x.shape))) if x.size else None
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "the root"
-        rows.append(Leaf(name, x.dtype, x.shape, int(nans), int(infs), float(norm), float(largest), at))
+        rows.append(Leaf(path, x.dtype, x.shape, int(nans), int(infs), float(norm), float(largest), at))
     rows.sort(key=lambda row: (row.nans > 0, row.infs > 0, row.norm), reverse=True)
     found = Leaves(rows[:k])
     found.others = sum(row.nans + row.infs > 0 for row in rows[k:])
