@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import optax_clip as oc
 from optax_clip import responses, thresholds
 
+full = functools.partial(pytest.param, marks=pytest.mark.full)
 GOLDEN = jnp.array([[0.0, 0.0, 0.0], [0.0, 3.0, 4.0], [4.0, 0.0, 3.0], [3.0, 4.0, 0.0]])
 PARAMS = trees.small(9)
 
@@ -75,7 +76,7 @@ def test_the_example_of_optax():
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize("name", ["shrink", "normalize", "smooth", "tanh"])
+@pytest.mark.parametrize("name", ["shrink", full("normalize"), full("smooth"), full("tanh")])
 def test_mean_of_the_reference(count, name):
     """Any number of examples and any response gives the mean in float64 of the reference."""
     tx = oc.per_example(0.75, response=getattr(responses, name))
@@ -143,7 +144,7 @@ def test_a_schedule_counts_the_steps():
     assert trees.norm64(updates) <= 1.1e-6
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, full(jnp.float16), jnp.complex64], ids=str)
 def test_other_dtypes(dtype):
     """Sums are taken in f32 at least, and rounded once."""
     grads = batch(8, jnp.float32)
@@ -167,7 +168,7 @@ def test_leaves_without_a_norm_keep_their_axis():
 # Bad examples
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, full(-np.inf)])
 def test_a_bad_example_changes_nothing_but_the_count(bad):
     """An example with a NaN or inf acts as one of zeros, to the last bit of updates and state, but is counted."""
     updates, state = trees.step(TX, first_is(bad), params=PARAMS)
