@@ -56,11 +56,8 @@ def clip_backward(x: Any, clip: optax.GradientTransformation | Callable[[Any], A
     """
     tx: Any = clip
     if not isinstance(clip, optax.GradientTransformation):
-        if not callable(clip):
-            raise TypeError(
-                f"clip must be a transformation or a function of the gradients, got {checks.show(clip)}. For example: "
-                "clip_backward(x, optax_clip.clip(1.0))."
-            )
+        example = "Or pass a transformation: clip_backward(x, optax_clip.clip(1.0))."
+        checks.function(clip, "clip", ("gradients",), example)
         tx = optax.stateless(lambda gradients, _: clip(gradients))
     has_gradient = lambda leaf: is_counted(leaf) and not isinstance(leaf, (float, complex))
     there = jax.tree.map(lambda leaf: jnp.asarray(leaf) if has_gradient(leaf) else None, x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip._engine import checks
-from optax_clip._engine.leaves import wide
+from optax_clip._engine.leaves import spread, wide
 from optax_clip._engine.numbers import cast, gathered
 from optax_clip.clips.norms import ClipState, norm_clip
 from optax_clip.norms import block_rms
@@ -86,6 +86,7 @@ def scale_by_stable_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         state = checks.state(state, StableAdamState)
+        spread(None, updates, "updates")  # says that sparse leaves are none of Adam's
         steps, moments = adam.update(updates, state.adam)
 
         def quotient(g, v):  # its square stays in range where g² does not

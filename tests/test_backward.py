@@ -407,7 +407,8 @@ def test_what_comes_back_must_be_like_what_came_in(name):
 @pytest.mark.parametrize(
     ("clip", "error", "text"),
     [
-        (1.0, TypeError, r"^clip must be a transformation or a function of the gradients, got float 1\.0\. For exam"),
+        (1.0, TypeError, r"^clip must be a function, got float 1\.0\. Or pass a transformation"),
+        (lambda path, leaf: leaf, TypeError, r"^clip must take \(gradients\), got function"),
         (oc.adaptive_grad_clip(0.1), ValueError, r"^params are missing"),
         (oc.clip_by_leaf_norm({"v": 1.0}), ValueError, r"^max_norm must be one value or a prefix"),
     ],

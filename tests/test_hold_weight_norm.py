@@ -215,13 +215,13 @@ def test_hyperball_turns_by_the_learning_rate():
 
 # Errors
 
-SHAPES = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+SHAPES, MATRIX = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}, {"w": jnp.ones((2, 3))}
 REFUSED = {
     "norm must be a function, got float": lambda: hold_weight_norm(1.0),
     "axis_name must be None where norm is given": lambda: hold_weight_norm(oc.leaf_norm, axis_name="data"),
     "params must be arrays at init, got shapes.*eval_shape": lambda: HOLD.init(SHAPES),
     "params are missing": lambda: HOLD.update({"w": jnp.ones((2, 3))}, HOLD.init({"w": jnp.ones((2, 3))})),
-    "state must be a ClipState, got .*a history": lambda: HOLD.update(SHAPES, (), SHAPES),
+    "state must be a ClipState, got .*a history": lambda: HOLD.update(MATRIX, (), MATRIX),
     "state must hold a history of shape": lambda: HOLD.update(
         {"w": jnp.ones((2, 3))}, HOLD.init({"w": jnp.ones((2, 3)), "v": jnp.ones((2, 3))}), {"w": jnp.ones((2, 3))}
     ),

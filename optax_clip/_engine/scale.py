@@ -105,7 +105,7 @@ def _measured(groups: list[Group], thresholds: list, scales: list[_Scale], units
         return Measured(jnp.float32(_LARGEST), jnp.float32(1), jnp.float32(0))
     # A finite norm under a threshold of NaN counts as clipped, so that `skip_spikes` skips it.
     above = [~(group.norm <= t) & (group.norm < jnp.inf) for group, t in zip(groups, thresholds)]
-    most = _LARGEST / count
+    most = float(_LARGEST) / count
     factors = [] if units else [jnp.where(s.same, 1.0, jnp.minimum(s.down * s.up, most)) for s in scales]
     if count == 1 and not units:  # no mean, which would round; a value that `skip_spikes` compares may be below 0
         found = (_reported(thresholds[0], -_LARGEST), *factors, *above)
