@@ -34,21 +34,35 @@ class _Scale(NamedTuple):
 
 
 def clip_tree(
-    updates: Any, blocks: Blocks, groups: list[Group], thresholds: list, respond: Callable
+    updates: Any,
+    blocks: Blocks,
+    groups: list[Group],
+    thresholds: list,
+    respond: Callable,
+    change: Callable | None = None,
 ) -> tuple[Any, Measured]:
-    """Scales each block from its norm n to m = respond(n, threshold): x ← x · (2^4 / n) · (m · 2^-4)."""
+    """Scales each block from its norm n to m = respond(n, threshold): x ← x · (2^4 / n) · (m · 2^-4).
+
+    Where `change` is given, a leaf becomes `change(leaf, n, threshold)` instead.
+    """
     wholes = [_scale_of(group.norm, threshold, respond) for group, threshold in zip(groups, thresholds)]
-    scales = {}
+    scales, limits = {}, {}
     for group, threshold, whole in zip(groups, thresholds, wholes):
         if len(group.keys) == 1:
-            scales[group.keys[0]] = whole
+            scales[group.keys[0]], limits[group.keys[0]] = whole, threshold
             continue
         # For many scalars, what is reported comes from the vector, and what kernels over leaves read from the scalars:
         # XLA:CPU 0.10.2 compiles a kernel that reads a vector anew for each entry.
         each = _entries(threshold, group.norm) if threshold.ndim else [threshold] * len(group.keys)
         scales |= {k: _scale_of(blocks.norms[k], t, respond) for k, t in zip(group.keys, each)}
+        limits |= zip(group.keys, each)
     leaves, treedef = jax.tree.flatten(updates)
-    clipped = [leaf if key is None else _scaled(leaf, scales[key]) for leaf, key in zip(leaves, blocks.index)]
+    act = (
+        (lambda leaf, key: _scaled(leaf, scales[key]))
+        if change is None
+        else (lambda leaf, key: change(leaf, blocks.norms[key], limits[key]))
+    )
+    clipped = [leaf if key is None else act(leaf, key) for leaf, key in zip(leaves, blocks.index)]
     units = any(norm.ndim for norm in blocks.norms.values())
     return treedef.unflatten(clipped), _measured(groups, thresholds, wholes, units)
 

@@ -76,9 +76,9 @@ def clip_by_norm(
 
 
 def norm_clip(
-    norm: Callable[[Any], Any], threshold: Any, response: Callable | None, name: str
+    norm: Callable[[Any], Any], threshold: Any, response: Callable | None, name: str, change: Callable | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`clip_by_norm`, where the user knows the threshold by another name."""
+    """`clip_by_norm`, where the user knows the threshold by another name, or where leaves `change` otherwise."""
     checks.function(norm, "norm", ("updates",), "For example: functools.partial(unit_norm, axis=0).")
     if response is not None:
         checks.function(response, "response", ("norm", "threshold"), "For example: responses.smooth.")
@@ -119,7 +119,7 @@ def norm_clip(
         context = {**extra_args, "step": state.clip_step, "total_norm": total}
         of_params = lambda: engine.param_norms(norm, blocks, updates, params)
         thresholds, history = engine.thresholds_of(groups, state.rule, of_params, context)
-        clipped, (mean, scale, share) = clip_tree(updates, blocks, groups, thresholds, response or shrink)
+        clipped, (mean, scale, share) = clip_tree(updates, blocks, groups, thresholds, response or shrink, change)
         step = next_step(state.clip_step)
         rate = state.clip_rate + (share - state.clip_rate) / step.astype(jnp.float32)
         return clipped, ClipState(step, jnp.asarray(cast(total, jnp.float32)), mean, scale, share, rate, history)
