@@ -20,9 +20,10 @@ from optax_clip._engine import checks
 from optax_clip._engine.blocks import Blocks
 from optax_clip._engine.leaves import is_counted, keystr, spread
 from optax_clip._engine.mesh import names_for, summed_over
+from optax_clip._engine.singular import largest
 from optax_clip._engine.sums import Part, norms_of
 
-__all__ = ["Blocks", "global_norm", "leaf_norm", "unit_norm", "block_rms", "group_norm"]
+__all__ = ["Blocks", "global_norm", "leaf_norm", "unit_norm", "block_rms", "group_norm", "spectral_norm"]
 
 
 def global_norm(updates: Any, *, ord: float | None = None, axis_name: Any = None) -> jax.Array:
@@ -188,6 +189,60 @@ def group_norm(labels: Any, *, ord: float | None = None, axis_name: Any = None) 
         return Blocks(dict(zip(groups, norms_of(list(groups.values()), ord))), index)
 
     return norm
+
+
+def spectral_norm(updates: Any, *, axis: Any = None, axis_name: Any = None) -> Any:
+    """Largest singular value of each matrix, from above: one block for each matrix.
+
+    norm_i = (Σ σ^64)^(1/64), over the singular values σ of matrix i, by products of matrices alone
+
+    Args:
+      updates: pytree of arrays.
+      axis: the two axes of a matrix; the others are a stack of matrices. None for the last two, and the L2 norm of
+        leaves of rank 0 and 1. A tuple holds for every leaf. A rule(path, leaf) returns a tuple for each leaf, or None
+        to leave the leaf alone. Axes that are not two are those of a unit with an L2 norm, as for `unit_norm`.
+      axis_name: inside `shard_map` or `pmap`, `()` says that every matrix is whole on its device. It is required where
+        a leaf varies over a mesh axis: the type of the leaf does not tell. A matrix that is spread has no norm there.
+
+    Returns:
+      The tree with f32 arrays (f64 for f64), 1 along the axes of the matrix, scalars for leaves of rank 2 or less, and
+      None for other leaves.
+
+    Raises:
+      ValueError: an axis is out of range; `axis_name` is missing, or names the axes of a spread matrix.
+      TypeError: an argument is of the wrong kind.
+
+    Guarantees:
+      Between 1 - 3e-7 and rank^(1/64) times the largest singular value, for numbers from 1e-37 to 1e37: 0 % too large
+      where one singular value stands out, about 1 % for a Gaussian matrix, 9 % for an orthogonal one of rank 256. The
+      derivative is finite, and 0 at 0. Costs 2 m² n + 8 m³ for a matrix m × n, m ≤ n; under jit a mesh may spread n.
+
+    Example:
+      >>> print(spectral_norm({"w": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "b": jnp.array([3.0, 4.0])}))
+      {'b': Array(5., dtype=float32), 'w': Array(3., dtype=float32)}
+    """
+    parts = _parts(updates, axis_name, checks.axes(axis) or _as_matrix)
+    matrices = [part is not None and len(part.axes or part.value.shape) == 2 for part in parts]
+    others = iter(norms_of([[part] for part, matrix in zip(parts, matrices) if part is not None and not matrix]))
+    norms: list = []
+    for part, matrix in zip(parts, matrices):
+        if part is None or not matrix:
+            norms.append(None if part is None else next(others))
+            continue
+        if part.mesh_axes:
+            raise ValueError(
+                f"axis_name must be () for matrices, got {part.mesh_axes} for a leaf of shape {part.value.shape}. A "
+                "matrix in parts has no singular values. Gather it, or clip under jit, outside of shard_map."
+            )
+        axes = part.axes or (0, 1)
+        norm = jnp.moveaxis(largest(jnp.moveaxis(part.value, axes, (-2, -1))), (-2, -1), axes)
+        norms.append(norm if part.axes else norm[0, 0])
+    return jax.tree.structure(updates).unflatten(norms)
+
+
+def _as_matrix(path: tuple, leaf: Any) -> tuple[int, ...]:
+    rank = jnp.ndim(leaf)
+    return tuple(range(max(rank - 2, 0), rank))
 
 
 def _order(ord: float | None) -> float:

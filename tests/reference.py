@@ -105,6 +105,17 @@ def group_norm(grads, cs, labels, p=2):
     return {name: next((tree[name] for tree in clipped if name in tree), wide(g)) for name, g in grads.items()}
 
 
+def singular_values(grads, c, response=shrink):
+    """U response(S, c) V^T of the last two axes. Vectors stay."""
+    out = {}
+    for name, g in grads.items():
+        out[name] = wide(g)
+        if np.ndim(g) >= 2:
+            u, s, vh = np.linalg.svd(out[name], full_matrices=False)
+            out[name] = (u * np.where(s == 0, 0.0, response(np.where(s == 0, 1.0, s), c))[..., None, :]) @ vh
+    return out
+
+
 def norm_range(grads, low, high):
     """n > high: scaled to high; 0 < n < low: scaled up to low. Zero stays zero."""
     n = p_norm(flat(grads))

@@ -73,6 +73,12 @@ CLIPS = [
         quick=True,
     ),
     Case("clip_by_norm_range", lambda t: oc.clip_by_norm_range(0.25, t), reference="norm_range"),
+    Case("clip_singular_values", oc.clip_singular_values, reference="singular_values"),
+    Case(
+        "tanh of singular values",
+        lambda t: oc.clip_singular_values(t, response=responses.tanh),
+        exempt={"test_derivatives": "a singular value decomposition has no derivative at zero"},
+    ),
     Case("normalize", lambda t: oc.clip_by_leaf_norm(t, response=responses.normalize), reference="leaf_norm"),
     Case("smooth", lambda t: oc.clip_by_global_norm(t, response=responses.smooth), reference="global_norm"),
     Case("tanh", lambda t: oc.clip_by_unit_norm(t, response=responses.tanh), reference="unit_norm"),
