@@ -59,6 +59,7 @@ def fraction_of(norm):
     return oc.clip_by_norm(norm, thresholds.param_fraction(0.1))
 
 
+BY_LOSS = oc.skip_spikes(optax.sgd(0.1), value_threshold=1.0)
 TYPE, VALUE = TypeError, ValueError
 ROWS = [
     # Thresholds
@@ -260,6 +261,32 @@ ROWS = [
         lambda: oc.zclip(norm=oc.leaf_norm, axis_name="data"),
         VALUE,
         "axis_name must be None where norm is given, got 'data'. Pass it to the norm",
+    ),
+    # Losses, logits, examples, and the backward pass
+    (
+        lambda: update(BY_LOSS, BY_LOSS.init(GRADS)),
+        VALUE,
+        "value is missing. value_threshold compares it with the loss. Call update(updates, state, params, value=loss).",
+    ),
+    (
+        lambda: on_mesh(lambda w: BY_LOSS.update(w, BY_LOSS.init(w), value=w["w"][0, 0])[0], check_vma=True),
+        VALUE,
+        "value must be the same on all devices, got one that varies over ('data',).",
+    ),
+    (
+        lambda: step(oc.clip_qk(lambda path, leaf: oc.QK("attention", axis=-1))),
+        VALUE,
+        "max_logits must have the largest logits of each of ['attention'], as parts names them, got None.",
+    ),
+    (
+        lambda: step(oc.per_example(1.0), {"w": jnp.float32(1)}, None),
+        VALUE,
+        "updates must have an axis of examples before those of the parameters, got shape () ",
+    ),
+    (
+        lambda: jax.eval_shape(lambda x: oc.clip_backward(x, oc.zclip()), X),
+        VALUE,
+        "clip must have no history, but the gradients that it returns depend on its state.",
     ),
     # Metrics
     (lambda: oc.clip_metrics(oc.clip(1.0).init(GRADS)), VALUE, "opt_state must hold a ClipState or a SkipState, "),
