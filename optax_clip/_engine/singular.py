@@ -60,7 +60,6 @@ def _bounded(x: jax.Array, norm: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(norm <= limit, x, _like(x, z * (low / goal) * unit))
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
 def responded(x: jax.Array, norm: jax.Array, limit: jax.Array, respond: Callable) -> jax.Array:
     """U respond(Σ, limit) V^T by singular value decomposition. 0 stays 0, and a limit of inf leaves all alone."""
     unit, z = _scaled(x, norm)
