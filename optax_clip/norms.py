@@ -213,7 +213,7 @@ def spectral_norm(updates: Any, *, axis: Any = None, axis_name: Any = None) -> A
       TypeError: an argument is of the wrong kind.
 
     Guarantees:
-      Between 1 - 3e-7 and rank^(1/64) times the largest singular value, for numbers from 1e-37 to 1e37: 0 % too large
+      Between 1 - 1e-6 and rank^(1/64) times the largest singular value, for numbers from 1e-35 to 1e37: 0 % too large
       where one singular value stands out, about 1 % for a Gaussian matrix, 9 % for an orthogonal one of rank 256. The
       derivative is finite, and 0 at 0. Costs 2 m² n + 8 m³ for a matrix m × n, m ≤ n; under jit a mesh may spread n.
 

@@ -17,7 +17,7 @@ from optax_clip.norms import block_rms
 class StableAdamState(NamedTuple):
     """The state of Adam, and what its clip measured. Read that with `clip_metrics`."""
 
-    adam: optax.ScaleByAdamState  # as `optax.scale_by_adam` keeps it, bit for bit
+    adam: optax.ScaleByAdamState  # as `optax.scale_by_adam` keeps it
     measured: ClipState  # of the last step; norm: the root mean square of g / √v̂
 
 
@@ -32,7 +32,7 @@ def scale_by_stable_adam(
     max_rms: Any = 1.0,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam that takes a smaller step with a leaf whose gradient is large beside its second moment: StableAdamW's clip.
+    """Adam with smaller steps for leaves whose gradient is large against its second moment: the clip of StableAdamW.
 
     updates_i ← Adam's step_i / max(1, rms_i / max_rms),
     rms_i = sqrt(mean of (|g| / max(√v̂, eps))² over leaf i),  v̂ Adam's second moment with g in it, debiased
@@ -59,7 +59,8 @@ def scale_by_stable_adam(
       TypeError: an argument, or the state, is of the wrong kind.
 
     Guarantees:
-      Moments and count are those of `optax.scale_by_adam` bit for bit, and so are steps of leaves with rms <= max_rms.
+      Moments and count in f32 and bf16 are those of `optax.scale_by_adam` bit for bit, and so are steps of leaves with
+      rms <= max_rms.
       `optax.tree.get(state, "nu")` finds Adam's. A NaN or inf in a gradient stays in the moments, as in Adam: put
       `skip_spikes` around the optimizer. In the first step rms is 1, to a rounding, so `clipped` may be 0 or 1.
 
@@ -90,7 +91,7 @@ def scale_by_stable_adam(
         steps, moments = adam.update(updates, state.adam)
 
         def quotient(g, v):  # its square stays in range where g² does not
-            dtype = wide(g)
+            dtype = wide(g := jnp.asarray(g))
             mean = v.real.astype(dtype) / gathered(b2, moments.count, dtype)
             return jnp.abs(g).astype(dtype) / jnp.maximum(jnp.sqrt(mean + cast(eps_root, dtype)), cast(eps, dtype))
 

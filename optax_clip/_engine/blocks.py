@@ -12,7 +12,7 @@ import optax
 from optax_clip._engine import checks
 from optax_clip._engine.leaves import is_counted, keystr, params_of, spread, wide
 from optax_clip._engine.mesh import varying
-from optax_clip._engine.numbers import cast
+from optax_clip._engine.numbers import cast, within_reciprocals
 from optax_clip._engine.rules import Fixed, fixed, reads
 from optax_clip._engine.sums import fold
 
@@ -217,7 +217,10 @@ def _like(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.asarray(n, o.dtype), new, old)
 
 
-_ANEW = "To keep all other states and start this history anew: state._replace(rule=clip.init(params).rule)."
+_ANEW = (
+    "To keep all other states and start this history anew, with the ClipState as state (of skip_spikes, its field "
+    "measured): state._replace(rule=clip.init(params).rule)."
+)
 
 
 def _states(state: Any, groups: list[Group]) -> Iterator:
@@ -270,14 +273,15 @@ def total_norm(groups: list[Group], *, units: bool) -> jax.Array:
     norms = [group.norm for group in groups] or [jnp.float32(0)]
     if len(norms) == 1 and norms[0].ndim == 0 and not varying(norms[0]):
         return norms[0]
-    largest = jnp.float32(1)
+    down = up = largest = jnp.float32(1)
     if not units or any(norm.dtype == jnp.float64 for norm in norms):  # relative, so that no square leaves the range
         largest = jax.lax.stop_gradient(fold(jnp.maximum, [jnp.max(norm) for norm in norms]))
         names = tuple(sorted(varying(largest)))
         largest = jax.lax.pmax(largest, names) if names else largest
-        largest = jnp.where((largest == 0) | (largest == jnp.inf), jnp.ones_like(largest), largest)
-    total = fold(jnp.add, [summed(jnp.square(norm / largest.astype(norm.dtype))) for norm in norms])
-    return jnp.where(total == 0, 0.0, jnp.sqrt(jnp.where(total == 0, 1.0, total)) * largest.astype(total.dtype))
+        largest = within_reciprocals(jnp.where(largest == jnp.inf, jnp.ones_like(largest), largest))
+        down, up = 8 / largest, largest / 8
+    total = fold(jnp.add, [summed(jnp.square(norm * down.astype(norm.dtype))) for norm in norms])
+    return jnp.where(total == 0, 0.0, jnp.sqrt(jnp.where(total == 0, 1.0, total)) * up.astype(total.dtype))
 
 
 def summed(x: jax.Array) -> jax.Array:

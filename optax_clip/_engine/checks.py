@@ -86,6 +86,14 @@ def scalar(
         raise ValueError(f"{name} must be <= {high:g}, got {known:g}. Pass a smaller number.")
 
 
+def whole(value: Any, name: str, low: float) -> None:
+    """Raises unless `value` is a scalar that is a whole number >= `low`, so far as it is known."""
+    scalar(value, name, low, 2**31 - 1)
+    known = concrete(value)
+    if known is not None and not known.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {known:g}. Pass an int.")
+
+
 def ordered(low: Any, high: Any, low_name: str, high_name: str) -> None:
     """Raises where both bounds are known numbers and cross."""
     known = [concrete(value) if is_real(value) and jnp.shape(value) == () else None for value in (low, high)]
@@ -175,13 +183,14 @@ def state(value: Any, kind: type, fresh: Callable[[], Any] | None = None) -> Any
     empty = isinstance(value, (type(None), tuple)) and not value
     if empty and fresh is not None:
         return fresh()
+    article = "an" if kind.__name__[0] in "AEIO" else "a"
     got = (
         "an empty one, and a history cannot start anew in each step"
         if empty
         else f"{type(value).__name__}, which another transformation keeps"
     )
     raise TypeError(
-        f"state must be a {kind.__name__}, got {got}. Pass what init or the last update of this transformation "
+        f"state must be {article} {kind.__name__}, got {got}. Pass what init or the last update of this transformation "
         "returned; for a checkpoint without it, make a new one with init."
     )
 

@@ -51,6 +51,11 @@ def bounded(tree: Any, name: str, low: float | None = None) -> None:
             checks.scalar(value, name, low, kinds=kinds, why="Magnitudes are not negative.")
 
 
+def within_reciprocals(x: jax.Array) -> jax.Array:
+    """A size >= 0, not so small that 8 / size leaves the range. In XLA x / size is x · (1 / size), which may be 0."""
+    return jnp.maximum(x, 16 * jnp.finfo(x.dtype).tiny)
+
+
 def next_step(step: jax.Array) -> jax.Array:
     """The count of updates, which stays at the largest i32."""
     return jnp.asarray(optax.safe_increment(step))

@@ -5,9 +5,11 @@ Matrices are the last two axes of an array, the axes before are a stack of them.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_clip._engine.leaves import wide
 
@@ -30,6 +32,10 @@ _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 @functools.partial(jax.jit, inline=True)
 def largest(x: jax.Array) -> jax.Array:
     """The largest singular value of each matrix from above, [..., 1, 1]: (Σ σ^64)^(1/64), by four squarings."""
+    return _on_mesh(_largest, x, of_matrices=True)
+
+
+def _largest(x: jax.Array) -> jax.Array:
     x = _flat(x)
     # Relative to the largest entry. 8 keeps reciprocals normal numbers: XLA takes 1 / peak first.
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0))
@@ -46,7 +52,8 @@ def largest(x: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def bounded(x: jax.Array, norm: jax.Array, limit: jax.Array) -> jax.Array:
     """U min(Σ, limit) V^T by products, `norm` being what `largest` found. Does nothing where every norm <= limit."""
-    return jax.lax.cond(jnp.all(norm <= limit), lambda x, *_: x, _bounded, x, norm, limit)
+    clipped = lambda x, norm, limit: jax.lax.cond(jnp.all(norm <= limit), lambda x, *_: x, _bounded, x, norm, limit)
+    return _on_mesh(clipped, x, norm, limit)
 
 
 def _bounded(x: jax.Array, norm: jax.Array, limit: jax.Array) -> jax.Array:
@@ -62,12 +69,27 @@ def _bounded(x: jax.Array, norm: jax.Array, limit: jax.Array) -> jax.Array:
 
 def responded(x: jax.Array, norm: jax.Array, limit: jax.Array, respond: Callable) -> jax.Array:
     """U respond(Σ, limit) V^T by singular value decomposition. 0 stays 0, and a limit of inf leaves all alone."""
+    return _on_mesh(functools.partial(_responded, respond), x, norm, limit)
+
+
+def _responded(respond: Callable, x: jax.Array, norm: jax.Array, limit: jax.Array) -> jax.Array:
     unit, z = _scaled(x, norm)
     left, values, right = jnp.linalg.svd(z, full_matrices=False)
     values, off = jnp.minimum(values * unit[..., 0], jnp.finfo(unit.dtype).max), limit == jnp.inf
     after = respond(jnp.where(values > 0, values, 1.0), jnp.where(off, 1.0, limit)[..., 0])
     after = jnp.where(values > 0, jnp.maximum(after, 0.0), 0.0) / unit[..., 0]
     return jnp.where(off, x, _like(x, _product(left * after[..., None, :].astype(z.dtype), right) * unit))
+
+
+def _on_mesh(function: Callable, x: jax.Array, *rest: jax.Array, of_matrices: bool = False) -> jax.Array:
+    """The function of `x`. On explicit axes of a mesh XLA finds the way, to the sharding of `x` or of its stack."""
+    mesh, spec = jax.typeof(x).sharding.mesh, tuple(jax.typeof(x).sharding.spec)
+    names = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
+    if not names:
+        return function(x, *rest)
+    sharding: Any = NamedSharding(mesh, PartitionSpec(*spec[:-2], None, None) if of_matrices else PartitionSpec(*spec))
+    automatic: Any = jax.sharding.auto_axes(function, axes=names, out_sharding=sharding)
+    return automatic(x, *rest)
 
 
 def _scaled(x: jax.Array, norm: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optax_clip._engine.leaves import real_parts, wide, widest
 from optax_clip._engine.mesh import varying
+from optax_clip._engine.numbers import within_reciprocals
 
 
 class Part(NamedTuple):
@@ -141,10 +142,9 @@ def _relative_to_largest(ord: float, layout: tuple, values: list) -> list[jax.Ar
     peaks = _reduced(values, layout, peak, jnp.maximum, jax.lax.pmax)
     if ord == math.inf:
         return peaks
-    units = [jnp.where((p == 0) | (p == jnp.inf), 1.0, p) for p in peaks]
-    sums = _reduced(
-        values, layout, lambda i, x, axes: _over(jnp.sum, (_magnitude(x, dtypes[i]) / units[i]) ** ord, axes)
-    )
+    units = [within_reciprocals(jnp.where(p == jnp.inf, 1.0, p)) for p in peaks]
+    share = lambda i, x: _magnitude(x, dtypes[i]) * (8 / units[i]) * 0.125
+    sums = _reduced(values, layout, lambda i, x, axes: _over(jnp.sum, share(i, x) ** ord, axes))
     return [s ** (1 / ord) * unit for s, unit in zip(sums, units)]
 
 

@@ -22,16 +22,16 @@ def clip_singular_values(
 
     updates_i ← U min(Σ, max_value) V^T,  updates_i = U Σ V^T
 
-    A norm clip scales down all directions with the largest one. The last two axes of a leaf are a matrix, the axes
-    before are a stack of matrices; leaves of rank 0 and 1 are returned as they are.
+    A norm clip scales all directions by one factor. The last two axes of a leaf are a matrix, the axes before are a
+    stack of matrices; leaves of rank 0 and 1 are returned as they are.
 
     Args:
       max_value: largest singular value, >= 0, as for `clip_by_leaf_norm`: a number, a scalar array (traced too), an
         Optax schedule, a rule, None to measure only, or a prefix tree of these. A rule sees the `spectral_norm`.
       response: what becomes of a singular value: None for `responses.shrink`, the formula; `smooth`, `tanh` or a
         function (σ, max_value) -> σ after need a singular value decomposition.
-      method: None for products of matrices where `response` allows; "svd" for a decomposition, which is exact, slow on
-        accelerators, and has no derivative where singular values are equal or 0.
+      method: None for products of matrices where `response` allows; "svd" for a decomposition, which is right to
+        about 1e-6 at all sizes, and has no derivative where singular values are equal or 0.
       axis_name: inside `shard_map` or `pmap`, `()` says that every matrix is whole on its device. It is required where
         a leaf varies over a mesh axis.
 
@@ -47,7 +47,7 @@ def clip_singular_values(
     Guarantees:
       Where `spectral_norm` is at most `max_value`, bit-identical. By products, errors are at most 1e-3 of `max_value`
       in spectral norm while the largest singular value is at most 1e4 times it, and afterwards no singular value is
-      above 1.001 times it, from however large a one. Beyond 1e6 times, small singular values come down too. Never NaN
+      above 1.001 times it, however large it was. Beyond 1e6 times, small singular values come down too. Never NaN
       from finite numbers. A NaN or inf makes its matrix NaN. bf16 and f16 round the result; f64 is as exact as f32.
       Costs for a matrix m × m, in products: 10 m³ where nothing is clipped, else 92 m³ more for each factor of 32 from
       `max_value` to the norm; five steps of Muon cost 30 m³. A stack is decided on as one: one matrix above its bound
@@ -74,8 +74,10 @@ def clip_singular_values(
     def change(leaf, norm, limit):
         x = jnp.asarray(leaf)
         norm, limit = (jnp.broadcast_to(a, (*x.shape[:-2], 1, 1)) for a in (norm, jnp.maximum(limit, 0.0)))
-        if response is None and method is None:
-            return bounded(x, norm, limit)
+        if response in (None, shrink):
+            if method is None:
+                return bounded(x, norm, limit)
+            limit = jnp.where(norm <= limit, jnp.inf, limit)  # leaves the matrix as it is
         return responded(x, norm, limit, response or shrink)
 
     return norm_clip(norm, max_value, response, "max_value", change)

@@ -100,16 +100,18 @@ def stable_spam(
         limits, of_entries = of_peaks.update(peaks, state.entry_clip)  # min(m, T) for each leaf
         leaves, treedef = jax.tree.flatten(updates)
         bounds = zip(*(spread(tree, updates, "updates") for tree in (peaks, limits)))
-        clipped = [x if peak is None else _below(x, peak, limit) for x, (peak, limit) in zip(leaves, bounds)]
+        clipped = [
+            x if peak is None else _below(jnp.asarray(x), peak, limit) for x, (peak, limit) in zip(leaves, bounds)
+        ]
         updates, of_leaves = of_norms.update(treedef.unflatten(clipped), state.norm_clip)
         return updates, StableSpamState(of_entries, of_leaves)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _below(x: jax.Array, peak: jax.Array, limit: jax.Array) -> jax.Array:
+def _below(x: Any, peak: jax.Array, limit: jax.Array) -> jax.Array:
     """Entries above the limit, scaled by limit / peak. NaN and inf pass: the norm clip that follows makes all NaN."""
-    factor = limit / jnp.where(peak == 0, 1.0, peak)
+    x, factor = jnp.asarray(x), limit / jnp.where(peak == 0, 1.0, peak)
     parts = [part.astype(factor.dtype) * factor for part in real_parts(x)]
     scaled = jax.lax.complex(*parts) if len(parts) == 2 else parts[0]
     return jnp.where(jnp.abs(x).astype(limit.dtype) > limit, scaled.astype(x.dtype), x)
@@ -124,12 +126,12 @@ def _average(decay: Any, *, of_squares: bool = False) -> optax.GradientTransform
     def update(norm, state, _=None, /, **__):
         seen = next_step(state.seen)
         # Of the newest norm. Not above 1 by a rounding: the root of what is left would be NaN.
-        one, all_seen = (gathered(decay, count, norm.dtype) for count in (jnp.ones_like(seen), seen))
-        weight = jnp.minimum(one / all_seen, 1.0)
+        one = jnp.maximum(jnp.asarray(1.0 - decay, norm.dtype), 2.0**-24)
+        weight = jnp.minimum(one / gathered(decay, seen, norm.dtype), 1.0)
         if of_squares:  # roots rather than squares, which would leave the range of f32 for good
             mean = jnp.hypot(jnp.sqrt(1 - weight) * state.mean, jnp.sqrt(weight) * norm)
         else:
-            mean = state.mean + weight * (norm - state.mean)
+            mean = jnp.where(weight == 1, norm, state.mean + weight * (norm - state.mean))
         return mean, AverageState(seen, mean)
 
     return rule_of(init, update)

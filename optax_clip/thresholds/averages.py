@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip._engine import checks
-from optax_clip._engine.numbers import cast, next_step
+from optax_clip._engine.numbers import cast, next_step, within_reciprocals
 from optax_clip._engine.rules import fixed, rule_of
 
 
@@ -63,7 +63,7 @@ def z_score(
     """
     checks.scalar(z_max, "z_max", 0.0)
     checks.scalar(decay, "decay", 0.0, 1.0)
-    _steps(warmup_steps)
+    checks.whole(warmup_steps, "warmup_steps", 0.0)
     checks.choice(spike, "spike", ("rescale", "mean", "limit"))
     if factor is not None:
         checks.scalar(factor, "factor", 0.0)
@@ -159,7 +159,7 @@ def ema_ratio(
     cap = fixed(max_norm, "max_norm")
     checks.scalar(max_ratio, "max_ratio", 0.0)
     checks.scalar(decay, "decay", 0.0, 1.0)
-    _steps(warmup_steps)
+    checks.whole(warmup_steps, "warmup_steps", 0.0)
 
     def init(norm):
         return EmaRatioState(jnp.zeros_like(norm, jnp.int32), jnp.zeros_like(norm))
@@ -168,9 +168,9 @@ def ema_ratio(
         bound = jnp.maximum(cast(cap.update(norm, (), step=step)[0], norm.dtype), 0.0)  # keeps NaN
         total = total_norm.astype(norm.dtype)
         warm = (state.seen < warmup_steps) | (state.mean == 0)
-        over = total > bound
+        share = norm * (8 / within_reciprocals(total))
         # NaN where the total is not finite: in warm-up all blocks share the fate of the worst.
-        together = norm * jnp.where(over, bound, 1.0) / jnp.where(over, total, 1.0) + (total - total)
+        together = jnp.where(total > bound, share * jnp.minimum(bound / 8, total), norm) + (total - total)
         threshold = jnp.where(warm, together, cast(max_ratio, norm.dtype) * state.mean)
         x = jnp.minimum(norm, threshold)
         smallest = jnp.where((state.mean == 0) | ((x > 0) & (x < state.mean)), x, state.mean)
@@ -178,10 +178,3 @@ def ema_ratio(
         return threshold, EmaRatioState(next_step(state.seen), jnp.where(warm, smallest, average))
 
     return rule_of(init, update)
-
-
-def _steps(warmup_steps: Any) -> None:
-    checks.scalar(warmup_steps, "warmup_steps", 0.0, 2**31 - 1)
-    known = checks.concrete(warmup_steps)
-    if known is not None and not known.is_integer():
-        raise ValueError(f"warmup_steps must be a whole number, got {known:g}. Pass an int.")

@@ -85,12 +85,12 @@ def tracked_quantile(percentile: Any = 90.0, rate: Any = 0.05) -> optax.Gradient
     threshold = level;  then level ← level · exp(-rate · (b - q)),  q = percentile / 100,  b = 1 where norm ≤ level,
     else 0;  the first level is the first norm that is not 0
 
-    Memory is what `quantile` pays for: this fits norms of units. In a step where the norm is above it, the level goes
-    up by rate · q, else down by rate · (1 - q), both in its logarithm. So it comes down slowly from a start that is too
-    high: by a factor of 10 in log(10) / (rate · (1 - q)) steps, 461 by default and 4605 for percentile 99, and in that
-    time nothing is clipped. First norms often are high. It goes up by a factor of 10 in 51 steps. A smaller
-    rate makes the level steadier: where norms are log-normal with deviation 0.5 it scatters by 8 % by default, by 5 %
-    with rate 0.02.
+    `quantile` keeps a window of norms; the level is cheap enough for a norm of each unit. In a step where the norm is
+    above it, the level goes up by rate · q, else down by rate · (1 - q), both in its logarithm. So it comes down slowly
+    from a start that is too high, as first norms often are: by a factor of 10 in log(10) / (rate · (1 - q)) steps at
+    least, 461 by default and 4605 for percentile 99, and in that time little is clipped. It goes up by a factor of 10
+    in 51 steps at least. Where norms are log-normal with deviation 0.5, these are 551, 6605 and 99 steps. A smaller
+    rate makes the level steadier: there it scatters by 8 % by default, by 5 % with rate 0.02.
 
     Args:
       percentile: q in percent, in [0, 100], a number or traced scalar: the share of norms not to clip.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip._engine import checks
-from optax_clip._engine.numbers import cast
+from optax_clip._engine.numbers import cast, within_reciprocals
 from optax_clip._engine.rules import rule_of
 
 
@@ -58,13 +58,14 @@ def sigma_window(sigmas: Any = 3.0, window: int = 128) -> optax.GradientTransfor
         count = jnp.maximum(state.filled, 1).astype(norm.dtype)
         # Relative to the largest, so that no square leaves the range.
         largest = jnp.max(jnp.abs(state.ring))
-        unit = jnp.where(largest == 0, 1.0, largest)
-        ring = state.ring / unit
+        unit = within_reciprocals(largest)
+        ring = state.ring * (8 / unit)
         mean = jnp.sum(ring) / count
         there = jnp.arange(window, dtype=jnp.int32) < state.filled
         variance = jnp.sum(jnp.where(there, jnp.square(ring - mean), 0.0)) / count
         deviation = jnp.where(variance == 0, 0.0, jnp.sqrt(jnp.where(variance == 0, 1.0, variance)))
-        threshold = mean * unit + cast(sigmas, norm.dtype) * jnp.maximum(deviation, 1e-6 * jnp.abs(mean)) * unit
+        least = jnp.maximum(deviation, 1e-6 * jnp.abs(mean))
+        threshold = mean * (unit / 8) + cast(sigmas, norm.dtype) * (least * (unit / 8))
         known = (2 * state.filled >= window) & (largest > 0)  # zeros say nothing about the size of norms
         return jnp.where(known, threshold, jnp.inf), pushed(state, norm)
 

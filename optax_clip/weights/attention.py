@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_clip._engine import checks, mesh
 from optax_clip._engine.leaves import is_counted, keystr, wide
@@ -16,7 +17,7 @@ from optax_clip.weights.projections import on_weights
 
 
 class QK(NamedTuple):
-    """What a leaf of queries or keys is to its attention. `clip_qk` asks for it."""
+    """How a leaf makes the queries or keys of an attention. `clip_qk` asks for it."""
 
     attention: Any  # the name of its logits in `max_logits`
     axis: Any = -2  # of heads, an int; or (layers, heads) where layers are stacked, as in the logits then
@@ -142,15 +143,17 @@ def _fitting(part: Any, path: tuple, leaf: Any) -> QK | None:
     """What `parts` returned, with the axes as a tuple of numbers >= 0."""
     if part is None:
         return None
-    shape, (_, axis, share, _) = jnp.shape(leaf), part if isinstance(part, QK) else QK("", ())
-    given: Any = checks.axes(axis) or ()
+    shape, (name, axis, share, _) = jnp.shape(leaf), part if isinstance(part, QK) else QK("", ())
+    checks.hashable([name])
+    given: Any = () if axis is None or callable(axis) else checks.axes(axis)
     axes = tuple(a + len(shape) if a < 0 else a for a in given)
     broadcasts = jnp.ndim(share) <= len(shape) and all(n in (1, m) for n, m in zip(jnp.shape(share)[::-1], shape[::-1]))
     distinct = len(set(axes) & set(range(len(shape)))) == len(axes) > 0
-    if not (distinct and broadcasts and checks.is_real(share)):
+    positive = checks.is_real(share) and (isinstance(share, Tracer) or bool(np.all(np.asarray(share) >= 0)))
+    if not (distinct and broadcasts and positive):
         raise ValueError(
             f"parts must return None or a QK that fits the leaf, got {checks.show(part)} for {keystr(path)} of shape "
-            f"{shape}. The axis is that of heads, or (layers, heads); the share broadcasts against the leaf."
+            f"{shape}. The axis is that of heads, or (layers, heads); the share is >= 0 and broadcasts to the leaf."
         )
     heads = part.heads if part.heads is None else checks.static(part.heads, "heads", 1, integer=True)
     return part._replace(axis=axes, heads=heads)

@@ -94,9 +94,9 @@ def hold_weight_norm(
 
     Guarantees:
       After `optax.apply_updates` norms are those at init to a few eps of the weights, in the coarser dtype of updates
-      and parameters. They do not drift, as the norms at init stay. Blocks whose norm was 0 at init are left alone. A
-      step at whose end a block would be exactly 0 is not taken. A block with a NaN or inf becomes NaN. Updates keep
-      their dtype.
+      and parameters, for norms from 1e-30 on. They do not drift, as the norms at init stay. Blocks whose norm was 0 at
+      init are left alone. A step at whose end a block would be exactly 0 is not taken. A block with a NaN or inf
+      becomes NaN. Updates keep their dtype.
 
     Example:
       >>> tx = hold_weight_norm()

@@ -64,8 +64,8 @@ def skip_spikes(
         norm and value; a rule forgets what it knows and starts afresh with that step. None: never.
 
     Returns:
-      A transformation with the state `SkipState`: i32[], i32[], f32[], a `ClipState`, a `ValueState` or None, and the
-      state of `inner`.
+      A transformation with the state `SkipState`: i32[], i32[], a `ClipState`, a second one for the value or None, and
+      the state of `inner`.
 
     Raises:
       ValueError: `threshold` is negative, NaN or not a scalar; `value_threshold` is NaN or not a scalar, or a share of
@@ -117,7 +117,7 @@ def skip_spikes(
                 "value_threshold must not be a share of the parameters: a loss has none. Pass another rule."
             )
     if max_consecutive is not None:
-        checks.scalar(max_consecutive, "max_consecutive", 1.0, 2**31 - 1, kinds="a whole number or None")
+        checks.whole(max_consecutive, "max_consecutive", 1.0)
     watches: list = [clip_by_norm(*measure) for measure in measures]
     update_inner = optax.with_extra_args_support(inner).update
 
@@ -132,6 +132,11 @@ def skip_spikes(
 
     def update_fn(updates, state, params=None, **extra_args):
         state = checks.state(state, SkipState)
+        if (state.measured_value is None) != (value_threshold is None):
+            raise ValueError(
+                "state must be of a skip_spikes with a value_threshold just where this one has it. To keep all other "
+                "states: state._replace(measured_value=tx.init(params).measured_value)."
+            )
         olds = [checks.state(old, ClipState) for old in (state.measured, state.measured_value)[: len(measures)]]
         shown = [updates] if value_threshold is None else [updates, _value_of(extra_args)]
 
