@@ -63,7 +63,7 @@ def test_the_gradient_goes_through_every_transformation_without_a_history(case):
     """Each row of the table does to the gradient what it does as a transformation; those with a history raise."""
     gradients = trees.small(1)
     if case.history or case.needs_params:
-        text = "^clip must have no history" if case.history else "^params are missing"
+        text = "^params are missing" if case.needs_params else "^clip must have no history"
         with pytest.raises(ValueError, match=text):
             pulled(case.tx, gradients)
     else:

@@ -59,6 +59,7 @@ def fraction_of(norm):
     return oc.clip_by_norm(norm, thresholds.param_fraction(0.1))
 
 
+SKIP = oc.skip_spikes(optax.sgd(0.1), 5.0)
 BY_LOSS = oc.skip_spikes(optax.sgd(0.1), value_threshold=1.0)
 TYPE, VALUE = TypeError, ValueError
 ROWS = [
@@ -272,6 +273,29 @@ ROWS = [
         lambda: on_mesh(lambda w: BY_LOSS.update(w, BY_LOSS.init(w), value=w["w"][0, 0])[0], check_vma=True),
         VALUE,
         "value must be the same on all devices, got one that varies over ('data',).",
+    ),
+    (
+        lambda: update(BY_LOSS, SKIP.init(GRADS)),
+        VALUE,
+        "state must be of a skip_spikes with a value_threshold just where this one has it. To keep all other states",
+    ),
+    (
+        lambda: update(SKIP, BY_LOSS.init(GRADS)),
+        VALUE,
+        "state must be of a skip_spikes with a value_threshold just where this one has it. To keep all other states",
+    ),
+    (
+        lambda: update(
+            oc.skip_spikes(optax.sgd(0.1), thresholds.z_score()), oc.skip_spikes(optax.sgd(0.1)).init(GRADS)
+        ),
+        VALUE,
+        "state must hold the history that ",
+    ),
+    (lambda: oc.skip_spikes(optax.sgd(0.1), max_consecutive=1.5), VALUE, "max_consecutive must be a whole number, got"),
+    (
+        lambda: oc.worst_leaves(SPARSE),
+        TYPE,
+        "tree must be dense arrays, got BCOO at ['w'], which may hold",
     ),
     (
         lambda: step(oc.clip_qk(lambda path, leaf: oc.QK("attention", axis=-1))),

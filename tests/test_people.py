@@ -662,3 +662,31 @@ def test_a_second_init_compiles_nothing(case):
         case.tx.init(STEPS[0])
         case.make(1.5 * case.number).init(PARAMS)
     assert not seen
+
+
+# Sizes whose reciprocals leave the range
+
+LARGE_GRADS = {"a": jnp.ones(1), "b": jnp.ones(1)}
+LARGE = {
+    "leaf": lambda: oc.clip_by_leaf_norm(1.0),
+    "order 3": lambda: oc.clip_by_leaf_norm(1.0, ord=3),
+    "adagc": lambda: oc.adagc(),
+    "sigma": lambda: oc.clip_by_sigma(3.0, 4, norm=oc.leaf_norm),
+    "z_score": lambda: oc.zclip(warmup_steps=2, norm=oc.leaf_norm),
+    "autoclip": lambda: oc.autoclip(50.0, 4, norm=oc.leaf_norm),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_norms_near_the_largest_number(name):
+    """Norms above 8.5e37, whose reciprocals are 0 in f32, are clipped as small ones are, compiled or not."""
+    tx = LARGE[name]()
+    for update in (tx.update, jax.jit(lambda updates, state: tx.update(updates, state))):
+        for size in (1.0, 1e38):
+            state = tx.init(LARGE_GRADS)
+            for _ in range(4):
+                updates, state = update(jax.tree.map(lambda x, s=size: x * s, LARGE_GRADS), state)
+            expected = {"adagc": 0.5**0.5}.get(name, 1.0)
+            bounded = name in ("leaf", "order 3", "adagc")
+            np.testing.assert_allclose(updates["a"], [min(size, 1.0) * expected if bounded else size], rtol=1e-5)
+            np.testing.assert_allclose(state.norm, size * 2**0.5, rtol=1e-6)

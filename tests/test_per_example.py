@@ -189,6 +189,23 @@ def test_without_a_bound_bad_examples_are_left_out_too():
     assert state.dropped == 1
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 31])
+def test_any_number_of_examples(count):
+    """Sums are right for numbers of examples that do not divide by 4, and 0 without examples."""
+    x = jax.random.normal(jax.random.key(count), (count, 6))
+    out, state = trees.step(oc.per_example(1.0), x, params=jnp.zeros(6))
+    rows = np.asarray(x, np.float64)
+    rows = rows / np.maximum(1, np.linalg.norm(rows, axis=1, keepdims=True))
+    np.testing.assert_allclose(out, rows.sum(0) / max(count, 1), atol=1e-6)
+    assert np.isfinite(state.measured.norm)
+
+
+def test_norms_near_the_largest_number_are_reported():
+    """The mean of norms stays finite where their sum leaves the range."""
+    out, state = trees.step(oc.per_example(1e38), jnp.array([[2e38], [2e38]]), params=jnp.zeros(1))
+    np.testing.assert_allclose((out[0], state.measured.norm), (1e38, 2e38), rtol=1e-6)
+
+
 def test_nothing_good():
     """All zeros, or all NaN, give zeros."""
     for value in (0.0, np.nan):

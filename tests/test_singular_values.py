@@ -461,6 +461,27 @@ def test_stacks_spread_over_a_mesh(kind):
     chex.assert_trees_all_close(np.asarray(clipped), np.asarray(step(hard(1.0), x)[0]), atol=1e-5)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("spec", [(None, "d"), ("d",), ("d", "e"), (None, None, "e"), ("e", "d", None)])
+def test_matrices_on_a_mesh_of_explicit_axes(spec):
+    """A matrix or a stack that is spread by its type has the answer of one device, and keeps its sharding."""
+    x = jnp.asarray(np.random.default_rng(13).normal(size=(4, 8, 16) if len(spec) == 3 else (8, 16)), jnp.float32)
+    there = jax.device_put(x, jax.NamedSharding(mesh(AxisType.Explicit, d=4, e=2), jax.P(*spec)))
+    for tx in (hard(1.0), oc.clip_singular_values(1.0, method="svd"), oc.clip_by_norm(oc.spectral_norm, 1.0)):
+        clipped = jax.jit(lambda x, tx=tx: tx.update(x, tx.init(x))[0])(there)
+        chex.assert_trees_all_close(np.asarray(clipped), np.asarray(step(tx, x)[0]), atol=1e-5)
+        assert jax.typeof(clipped).sharding.spec == jax.typeof(there).sharding.spec
+
+
+def test_shrink_is_the_default_response_also_by_name():
+    """`response=shrink` goes by products, and by decomposition a matrix below the bound keeps its bits."""
+    x = jnp.asarray(np.random.default_rng(14).normal(size=(5, 6)), jnp.float32)
+    named = oc.clip_singular_values(1.0, response=oc.responses.shrink)
+    chex.assert_trees_all_equal(step(named, x)[0], step(hard(1.0), x)[0])
+    assert "svd" not in str(jax.make_jaxpr(lambda x: named.update(x, ())[0])(x))
+    chex.assert_trees_all_equal(step(oc.clip_singular_values(100.0, method="svd"), x)[0], x)
+
+
 def on_mesh(function, x, spec=("d",), **kwargs):
     """The function in `shard_map`, the first axis of `x` spread."""
     return jax.jit(jax.shard_map(function, mesh=mesh(d=4), in_specs=jax.P(*spec), out_specs=jax.P(*spec), **kwargs))(x)

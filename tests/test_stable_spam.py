@@ -205,6 +205,18 @@ def test_decays_may_be_0_and_1(decay):
     np.testing.assert_allclose(jnp.concatenate(out), plain if decay else [1, 1, 1], rtol=1e-5)
 
 
+def test_decay_0_forgets_a_spike_at_once():
+    """With decay 0 a step after a spike comes out as without the spike."""
+    out, _ = run(oc.stable_spam(0.0, 0.0, 0.0), [jnp.array(g) for g in ([1.0, 1.0], [1e20, 1.0], [1.0, 1.0])])
+    np.testing.assert_allclose(out[2], [math.sqrt(0.5)] * 2, rtol=1e-6)
+
+
+def test_python_numbers_are_leaves():
+    """A Python number is scaled like an array."""
+    out, _ = SPAM.update({"a": 2.0}, SPAM.init({"a": 2.0}))
+    np.testing.assert_allclose(out["a"], 1.0, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [

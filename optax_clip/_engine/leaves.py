@@ -48,14 +48,14 @@ def spread(prefix: Any, tree: Any, name: str, is_entry: Callable[[Any], bool] = 
         raise ValueError(
             f"{name} must be one value or a prefix of the tree of updates: {error}. Use the same containers."
         ) from None
-    return [entry for path, entry, subtree in triples for _ in _dense(subtree, path)]
+    return [entry for path, entry, subtree in triples for _ in dense_leaves(subtree, path)]
 
 
 def params_of(updates: Any, params: Any, why: str) -> list:
     """The parameter for each leaf of the updates, in order. Where the updates are None, any parameter will do."""
     if params is None:
         raise ValueError(f"params are missing. {why} Call update(updates, state, params).")
-    _dense(updates)
+    dense_leaves(updates)
     try:
         triples = [triple for triple in _paired(updates, params) if triple[1] is not None]
     except ValueError as error:
@@ -72,14 +72,14 @@ def params_of(updates: Any, params: Any, why: str) -> list:
     return [param for _, _, param in triples]
 
 
-def _dense(tree: Any, path: tuple = ()) -> list:
-    """The leaves of a tree without sparse arrays, whose data would be taken for leaves."""
+def dense_leaves(tree: Any, path: tuple = (), name: str = "updates") -> list:
+    """Path and leaf of a tree without sparse arrays, whose data would be taken for leaves."""
     is_sparse = lambda x: type(x).__module__.startswith("jax.experimental.sparse")
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse)
     for below, leaf in leaves:
         if is_sparse(leaf):
             raise TypeError(
-                f"updates must be dense arrays, got {type(leaf).__name__} at {keystr((*path, *below))}, which may hold "
+                f"{name} must be dense arrays, got {type(leaf).__name__} at {keystr((*path, *below))}, which may hold "
                 "parts of one entry several times. Pass x.sum_duplicates().todense(), or use optax.masked."
             )
     return leaves

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_clip._engine import checks
-from optax_clip._engine.leaves import is_counted, wide, widest
+from optax_clip._engine.leaves import dense_leaves, is_counted, wide, widest
 from optax_clip.norms import leaf_norm
 
 _NOWHERE = np.uint32(2**32 - 1)
@@ -74,7 +74,7 @@ def worst_leaves(tree: Any, k: int = 5) -> Leaves:
     """
     k = checks.static(k, "k", 1, integer=True)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/") or "the root"
-    leaves = [(name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_counted(leaf)]
+    leaves = [(name(path), leaf) for path, leaf in dense_leaves(tree, name="tree") if is_counted(leaf)]
     if traced := [path for path, leaf in leaves if isinstance(leaf, Tracer)]:
         raise TypeError(
             f"tree must hold known values, got a traced array at {traced[0]}. Inside jit no value is known. Return the "
