@@ -466,7 +466,7 @@ def test_inside_shard_map_the_loss_must_be_the_mean_over_devices():
             "^value_threshold must not be a share of the parameters: a loss has none. Pass another rule",
         ),
         (lambda: {"max_consecutive": 0}, ValueError, "^max_consecutive must be >= 1, got 0"),
-        (lambda: {"max_consecutive": "many"}, TypeError, "^max_consecutive must be a number or a scalar array, got str"),
+        (lambda: {"max_consecutive": "many"}, TypeError, "^max_consecutive must be a number or a scalar array"),
     ],
 )
 def test_arguments(make, error, match):
@@ -498,7 +498,7 @@ def test_values(value, error, match):
 def test_a_state_without_the_history_of_losses():
     """A state from before `value_threshold`, or of another rule, is an error."""
     before, tx = oc.skip_spikes(optax.sgd(1.0)), oc.skip_spikes(optax.sgd(1.0), value_threshold=thresholds.z_score())
-    with pytest.raises(ValueError, match=r"^state must be of a skip_spikes with a value_threshold just where") as caught:
+    with pytest.raises(ValueError, match=r"^state must be of a skip_spikes with a value_threshold") as caught:
         tx.update(ONE, before.init(ONE), value=1.0)
     line = "state._replace(measured_value=tx.init(params).measured_value)"
     assert str(caught.value).endswith(f"{line}.")

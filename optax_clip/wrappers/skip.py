@@ -57,9 +57,9 @@ def skip_spikes(
       axis_name: mesh axes of the norm where types do not tell (`shard_map(check_vma=False)`, `pmap`). Only where
         `norm` is None; else give it to the norm: `functools.partial(leaf_norm, axis_name="data")`.
       value_threshold: the largest loss that is not skipped: a number, also below 0, a scalar array, a schedule or a
-        rule; None not to look at the loss. With it, each call needs the loss: `update(updates, state, params,
-        value=loss)`, Optax's keyword, which goes on to `inner`. The loss is a scalar, the mean over the batch and over
-        all devices (`pmean`).
+        rule; None not to look at the loss. With it, each call needs the loss under Optax's keyword,
+        `update(updates, state, params, value=loss)`, which goes on to `inner`. The loss is a scalar, the mean over the
+        batch and over all devices (`pmean`).
       max_consecutive: skipped steps in a row, a whole number >= 1, after which a finite step is taken whatever its
         norm and value; a rule forgets what it knows and starts afresh with that step. None: never.
 
