@@ -288,7 +288,7 @@ def test_shards_in_shard_map(check_vma):
 
     def step(params, x, y):
         # A gradient by parameters that are the same everywhere is summed over all devices by JAX.
-        params = jax.lax.pcast(params, "data", to="varying") if check_vma else params
+        params = trees.varying(params, "data") if check_vma else params
         updates, state = TX.update(gradients(params, x, y), TX.init(params), params)
         return jax.lax.pmean(updates, "data"), state
 
@@ -306,7 +306,7 @@ def test_dropped_examples_of_all_devices_are_counted():
     x[3], x[9] = np.nan, np.inf
 
     def step(params, x, y):
-        grads = gradients(jax.lax.pcast(params, "data", to="varying"), x, y)
+        grads = gradients(trees.varying(params, "data"), x, y)
         return TX.update(grads, TX.init(params))[1]
 
     on_mesh = jax.shard_map(step, mesh=trees.mesh(data=8), in_specs=(P(), P("data"), P("data")), out_specs=P())

@@ -75,6 +75,13 @@ def norm64(tree) -> float:
     return float(np.sqrt(sum(np.sum(np.abs(np.asarray(x).astype(np.complex128)) ** 2) for x in leaves)))
 
 
+def varying(tree, name: str):
+    """The tree with the type of what differs over this axis of a mesh. JAX had another name for it before 0.8.2."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(tree, name, to="varying")
+    return jax.lax.pvary(tree, name)
+
+
 def mesh(kind=AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
     """A mesh with these axes and their sizes, on virtual CPU devices where the accelerators are too few."""
     count = math.prod(axes.values())
