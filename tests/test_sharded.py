@@ -65,7 +65,8 @@ def test_jit_is_one_device(name, kind, layout):
     placement = shardings(kind, layout)
     with jax.set_mesh(placement["scale"].mesh) if kind is AxisType.Explicit else contextlib.nullcontext():
         clipped, state = steps(*jax.device_put((samples, params), ([placement] * 3, placement)))
-    chex.assert_trees_all_close((clipped, state), (expected, expected_state), rtol=1e-5, atol=1e-6)
+    atol = 5e-6 if name == "clip_singular_values" else 1e-6  # products of products, in another order
+    chex.assert_trees_all_close((clipped, state), (expected, expected_state), rtol=1e-5, atol=atol)
     for leaf, place in zip(jax.tree.leaves(clipped[-1]), jax.tree.leaves(placement)):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
