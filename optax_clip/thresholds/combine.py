@@ -94,7 +94,7 @@ def between(low: Any, high: Any) -> optax.GradientTransformationExtraArgs:
     return together([as_rule(low, "min_norm"), as_rule(high, "max_norm")], moved)
 
 
-def together(rules: Sequence, combine: Callable) -> optax.GradientTransformationExtraArgs:
+def together(rules: Sequence[Any], combine: Callable) -> optax.GradientTransformationExtraArgs:
     """The rule whose threshold is `combine(norm, thresholds of the rules)`."""
 
     def update(norm, states, param_norm=None, /, **context):
