@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from table import TABLE, of_table
-from trees import mesh, mixed, odd, small, step, tolerance
+from trees import PARAMS, STEPS, eager, mesh, mixed, odd, run, small, step, tolerance
 
 import optax_clip as oc
 from optax_clip import thresholds
@@ -28,24 +28,6 @@ def _exemptions(request):
     reason = getattr(case, "exempt", {}).get(request.node.originalname)
     if reason:
         pytest.skip(reason)
-
-
-PARAMS = small(9)
-STEPS = [small(1), small(2, 3.0), small(3, 1e-3), small(4)]
-
-
-def run(tx, samples=STEPS, state=None, params=PARAMS, step=step) -> tuple[list, object]:
-    """The updates of each step and the last state, one step after the other."""
-    out = []
-    for updates in samples:
-        updates, state = step(tx, updates, state, params)
-        out.append(updates)
-    return out, state
-
-
-def eager(tx, updates, state=None, params=None):
-    """A step that is not compiled."""
-    return tx.update(updates, tx.init(params) if state is None else state, params)
 
 
 def stack(samples: list):

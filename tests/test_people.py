@@ -13,14 +13,12 @@ import pytest
 from jax.experimental import sparse
 from jax.sharding import PartitionSpec as P
 from table import CLIPS, TABLE, WRAPPERS, labels, numbers
-from trees import mesh, small, step
+from trees import PARAMS, STEPS, eager, mesh, run, small, step
 
 import optax_clip as oc
 from optax_clip import responses, thresholds
 
 full = pytest.mark.full
-PARAMS = small(9)
-STEPS = [small(1), small(2, 3.0), small(3, 1e-3), small(4)]
 GRADS = jnp.array([6.0, 8.0])
 INF = float("inf")
 
@@ -51,20 +49,6 @@ OPEN = {
 }
 QUICK = ("None", "zclip")
 of_open = pytest.mark.parametrize("name", [pytest.param(n, marks=[full] * (n not in QUICK)) for n in OPEN])
-
-
-def run(tx, samples=STEPS, state=None, params=PARAMS, step=step) -> tuple[list, object]:
-    """The updates of each step and the last state, one step after the other."""
-    out = []
-    for updates in samples:
-        updates, state = step(tx, updates, state, params)
-        out.append(updates)
-    return out, state
-
-
-def eager(tx, updates, state=None, params=None):
-    """A step that is not compiled."""
-    return tx.update(updates, tx.init(params) if state is None else state, params)
 
 
 def shapes_of(tree):

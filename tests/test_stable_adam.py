@@ -11,7 +11,7 @@ import pytest
 import reference
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import mesh, mixed, small, step, tolerance
+from trees import mesh, mixed, scan, small, step, tolerance
 
 import optax_clip as oc
 from optax_clip import thresholds
@@ -30,17 +30,6 @@ def run(tx, samples, params=None, state=None, step=step):
         updates, state = step(tx, updates, state, samples[0] if params is None else params)
         out.append(updates)
     return out, state
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def scan(tx, samples):
-    """The updates and states of all steps, from stacked samples."""
-
-    def one(state, updates):
-        updates, state = tx.update(updates, state)
-        return state, (updates, state)
-
-    return jax.lax.scan(one, tx.init(jax.tree.map(lambda x: x[0], samples)), samples)[1]
 
 
 def test_golden_numbers():

@@ -11,7 +11,7 @@ import optax
 import pytest
 import reference
 from jax.sharding import PartitionSpec as P
-from trees import mesh, norm64, odd, small, step, tolerance
+from trees import mesh, norm64, odd, scan, small, step, tolerance
 
 import optax_clip as oc
 from optax_clip.clips.stable_spam import StableSpamState
@@ -20,17 +20,6 @@ CLOSE = tolerance(jnp.float32)
 full = pytest.mark.full
 SPAM = oc.stable_spam()
 ALONE = oc.stable_spam(decay_max=0.0)  # T is the present maximum, so that no entry is above it
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def scan(tx, samples):
-    """The updates and states of all steps, from stacked samples."""
-
-    def one(state, updates):
-        updates, state = tx.update(updates, state)
-        return state, (updates, state)
-
-    return jax.lax.scan(one, tx.init(jax.tree.map(lambda x: x[0], samples)), samples)[1]
 
 
 def run(tx, samples, state=None):

@@ -33,6 +33,35 @@ def small(seed: int = 0, scale: float = 1.0, dtype=jnp.float32) -> dict:
     return {name: jnp.asarray(scale * random.normal(size=shape), dtype) for name, shape in shapes.items()}
 
 
+PARAMS = small(9)
+STEPS = [small(1), small(2, 3.0), small(3, 1e-3), small(4)]
+
+
+def run(tx, samples=STEPS, state=None, params=PARAMS, step=step) -> tuple[list, object]:
+    """The updates of each step and the last state, one step after the other."""
+    out = []
+    for updates in samples:
+        updates, state = step(tx, updates, state, params)
+        out.append(updates)
+    return out, state
+
+
+def eager(tx, updates, state=None, params=None):
+    """A step that is not compiled."""
+    return tx.update(updates, tx.init(params) if state is None else state, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scan(tx, samples):
+    """The updates and states of all steps, from stacked samples."""
+
+    def one(state, updates):
+        updates, state = tx.update(updates, state)
+        return state, (updates, state)
+
+    return jax.lax.scan(one, tx.init(jax.tree.map(lambda x: x[0], samples)), samples)[1]
+
+
 def mixed(seed: int = 0) -> dict:
     """Leaves of several floating dtypes, of rank 0 to 4, under the keys of `small`, so that prefix trees fit both."""
     random = np.random.default_rng(seed)
