@@ -354,3 +354,16 @@ class StableSpam:
         mean, square = b * mean + (1 - b) * n, c * square + (1 - c) * n**2
         self.averages[name] = largest, mean, square
         return scaled(g, n, mean / (1 - b**t) / (np.sqrt(square / (1 - c**t)) + self.eps), normalize)
+
+
+def norms_of(samples: dict, scope: str) -> np.ndarray:
+    """The norms of all blocks in float64, a row for each step."""
+    units = {name: np.sum(np.square(wide(x)), axis=1).reshape(len(x), -1) for name, x in samples.items()}
+    leaves = {name: squares.sum(axis=1) for name, squares in units.items()}
+    columns = {
+        "unit": list(units.values()),
+        "leaf": list(leaves.values()),
+        "group": [leaves["bias"] + leaves["wide"], leaves["dense"]],
+        "global": [sum(leaves.values())],
+    }
+    return np.sqrt(np.column_stack(columns[scope]))

@@ -398,21 +398,6 @@ def drifting(seed: int) -> dict:
     return out
 
 
-def block_norms(samples: dict, scope: str) -> np.ndarray:
-    """The norms of all blocks in float64, a row for each step."""
-    units = {
-        name: np.sum(np.square(reference.wide(leaf)), axis=1).reshape(len(leaf), -1) for name, leaf in samples.items()
-    }
-    leaves = {name: squares.sum(axis=1) for name, squares in units.items()}
-    columns = {
-        "unit": list(units.values()),
-        "leaf": list(leaves.values()),
-        "group": [leaves["bias"] + leaves["wide"], leaves["dense"]],
-        "global": [sum(leaves.values())],
-    }
-    return np.sqrt(np.column_stack(columns[scope]))
-
-
 QUICK = {(name, "global") for name in ADAPTIVE if not name.endswith(("_1", "_64", "_256"))}
 QUICK |= {("adagc", "leaf"), ("autoclip_7", "group"), ("zclip_rescale", "unit")}
 
@@ -424,7 +409,7 @@ QUICK |= {("adagc", "leaf"), ("autoclip_7", "group"), ("zclip_rescale", "unit")}
 def test_an_adaptive_clip_follows_its_reference(name, scope):
     """Clipped norms and what the state reports agree with float64, through drift, spikes and bad steps."""
     case, samples = ADAPTIVE[name], drifting(0)
-    norms = block_norms(samples, scope)
+    norms = reference.norms_of(samples, scope)
     scan = scan_of(functools.partial(case.clip, norm=SCOPES[scope]))
     params = {name: np.zeros(shape, np.float32) for name, shape in UNITS.items()}
     for numbers in case.settings if scope == "global" else case.settings[:2]:
@@ -432,7 +417,7 @@ def test_an_adaptive_clip_follows_its_reference(name, scope):
         rule = case.reference(norms.shape[1], *numbers)
         thresholds = np.array([rule(row) for row in norms])
         after = np.where(np.isnan(thresholds), np.nan, np.minimum(norms, thresholds))
-        np.testing.assert_allclose(block_norms(clipped, scope), after, rtol=1e-4)
+        np.testing.assert_allclose(reference.norms_of(clipped, scope), after, rtol=1e-4)
         good = ~np.isnan(thresholds).any(axis=1)
         unsure = np.isclose(norms, thresholds, rtol=1e-4, atol=0.0).any(axis=1)
         above = (norms > thresholds).mean(axis=1)

@@ -369,24 +369,11 @@ def test_a_rule_of_the_user_at_every_scope(scope):
     tx = oc.clip_by_norm(SCOPES[scope], running_mean())
     first = jax.tree.map(lambda x: x[0], samples)
     scan = jax.jit(lambda xs: jax.lax.scan(lambda state, x: tx.update(x, state)[::-1], tx.init(first), xs)[1])
-    norms = norms_of(samples, scope)
+    norms = reference.norms_of(samples, scope)
     rule = reference.EachBlock(norms.shape[1], RunningMean)
     bounds = np.array([rule(row) for row in norms])
     after = np.where(np.isnan(bounds), np.nan, np.minimum(norms, bounds))
-    np.testing.assert_allclose(norms_of(scan(samples), scope), after, rtol=1e-4)
-
-
-def norms_of(samples: dict, scope: str) -> np.ndarray:
-    """The norms of all blocks in float64, a row for each step."""
-    units = {name: np.sum(np.square(reference.wide(x)), axis=1).reshape(len(x), -1) for name, x in samples.items()}
-    leaves = {name: squares.sum(axis=1) for name, squares in units.items()}
-    columns = {
-        "unit": list(units.values()),
-        "leaf": list(leaves.values()),
-        "group": [leaves["bias"] + leaves["wide"], leaves["dense"]],
-        "global": [sum(leaves.values())],
-    }
-    return np.sqrt(np.column_stack(columns[scope]))
+    np.testing.assert_allclose(reference.norms_of(scan(samples), scope), after, rtol=1e-4)
 
 
 def of_context(function):

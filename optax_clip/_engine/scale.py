@@ -57,12 +57,11 @@ def clip_tree(
         scales |= {k: _scale_of(blocks.norms[k], t, respond) for k, t in zip(group.keys, each)}
         limits |= zip(group.keys, each)
     leaves, treedef = jax.tree.flatten(updates)
-    act = (
-        (lambda leaf, key: _scaled(leaf, scales[key]))
-        if change is None
-        else (lambda leaf, key: change(leaf, blocks.norms[key], limits[key]))
-    )
-    clipped = [leaf if key is None else act(leaf, key) for leaf, key in zip(leaves, blocks.index)]
+
+    def changed(leaf, key):
+        return _scaled(leaf, scales[key]) if change is None else change(leaf, blocks.norms[key], limits[key])
+
+    clipped = [leaf if key is None else changed(leaf, key) for leaf, key in zip(leaves, blocks.index)]
     units = any(norm.ndim for norm in blocks.norms.values())
     return treedef.unflatten(clipped), _measured(groups, thresholds, wholes, units)
 
